@@ -1,0 +1,5122 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""pegmail: a whole mail server in one file.
+
+    python3 pegmail.py            receive on 127.0.0.1:1025, serve on 127.0.0.1:8025
+    python3 pegmail.py --help     every option
+
+Mail comes in by SMTP or LMTP, is kept in SQLite and a tree of content-addressed files before it
+is answered with 250, and is read back through a JSON API.
+
+The file reads bottom-up: each section uses only the ones above it.
+
+1. Settings: what the operator may choose, and where from
+2. Text: addresses, dates, encodings; pure functions
+3. Mail: envelopes, replies, header fields and MIME structure
+4. Store: what is kept, and how it is found again
+5. Reactor: one thread that owns every socket, and a few that work for it
+6. Sessions: the protocols, without sockets
+7. Delivery: from a received message to the store
+8. HTTP: the JSON API
+9. Server and tools: all of it wired together, and the command line
+
+One thread (Reactor) owns the sockets, one (Store) writes, one digests, a small pool does whatever
+would hold up the others. Nothing here imports anything outside the standard library.
+"""
+import argparse
+import binascii
+import bisect
+import codecs
+import collections
+import configparser
+import contextlib
+import difflib
+import email.utils
+import errno
+import fcntl
+import functools
+import gzip
+import hashlib
+import heapq
+import hmac
+import html
+import http.server
+import io
+import ipaddress
+import itertools
+import json
+import logging
+import mimetypes
+import os
+import queue
+import re
+import resource
+import secrets
+import selectors
+import shlex
+import signal
+import socket
+import sqlite3
+import ssl
+import stat
+import sys
+import threading
+import time
+import types
+import urllib.parse
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import (Any, Callable, Dict, Generator, Iterable, Iterator, List, NamedTuple, Optional,
+                    Sequence, Tuple, Union)
+
+__version__ = "0.1.0"
+
+log = logging.getLogger("pegmail")
+
+
+# =====================================================================================
+# 1. Settings: what the operator may choose, and where from
+#
+# One table, OPTIONS, feeds the command line, the environment (PEGMAIL_NAME), a .env file in the
+# working directory, an INI file, --help and the README. The first of these that names an option
+# wins, in that order. A wrong value ends in SettingsError: one line that says what to do.
+# =====================================================================================
+
+class SettingsError(Exception):
+    """Stops the start; its text is one line for the operator, its status the exit status."""
+
+    def __init__(self, text: str, status: int = 1) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+# -- Kinds of values: each takes a text and returns the value, or raises ValueError --
+
+def number(low: int, high: int) -> Callable[[str], int]:
+    """Return a reader of whole numbers from low to high."""
+    def read(text: str) -> int:
+        if not re.fullmatch(r"\d{1,18}", text.strip()) or not low <= int(text) <= high:
+            raise ValueError(f"needs a whole number from {low} to {high}")
+        return int(text)
+    return read
+
+
+def port(text: str) -> int:
+    """Read a TCP port; 0 lets the system choose one."""
+    try:
+        return number(0, 65535)(text)
+    except ValueError:
+        raise ValueError("needs a port from 0 to 65535 (0 takes a free one)") from None
+
+
+def size(text: str) -> int:
+    """Read a number of bytes, with K, M or G for powers of 1024."""
+    match = re.fullmatch(r"(\d{1,12})\s*([kmg]?)(i?b)?", text.strip().lower())
+    if not match or int(match.group(1)) == 0:
+        raise ValueError("needs a number of bytes such as 500000, 512K or 25M")
+    return int(match.group(1)) << {"": 0, "k": 10, "m": 20, "g": 30}[match.group(2)]
+
+
+def flag(text: str) -> bool:
+    """Read yes or no in the usual spellings."""
+    words = {"1": True, "true": True, "yes": True, "on": True,
+             "0": False, "false": False, "no": False, "off": False, "": False}
+    if text.strip().lower() not in words:
+        raise ValueError("needs yes or no")
+    return words[text.strip().lower()]
+
+
+def filled(text: str) -> str:
+    """Read a text that may not be empty nor hold control characters."""
+    if not text.strip() or re.search(r"[\x00-\x1f\x7f]", text):
+        raise ValueError("must not be empty or hold control characters")
+    return text.strip()
+
+
+def network(text: str) -> Any:
+    """Read an IP address or a CIDR network, v4 or v6."""
+    try:
+        return ipaddress.ip_network(text.strip(), strict=False)
+    except ValueError:
+        raise ValueError("needs an IP address such as 192.0.2.7 or a network such as "
+                         "10.0.0.0/8 or 2001:db8::/32") from None
+
+
+def host_port(text: str) -> Tuple[str, Optional[int]]:
+    """Read host, host:port or [v6]:port; the port may be missing."""
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]\s/]+)(?::(\d{1,5}))?", text.strip())
+    if match:
+        return match.group(1).strip("[]"), int(match.group(2)) if match.group(2) else None
+    try:
+        return str(ipaddress.IPv6Address(text.strip())), None
+    except ValueError:
+        raise ValueError("needs HOST or HOST:PORT") from None
+
+
+def domain(text: str) -> str:
+    """Read a mail domain; how domains compare is Text's matter."""
+    name = text.strip().lstrip("@").rstrip(".").lower()
+    if not re.fullmatch(r"[^\s@<>,;:\x00-\x20\x7f]{1,255}|\[[\w.:]+\]", name):
+        raise ValueError("needs a domain such as example.com")
+    return name
+
+
+class Option(NamedTuple):
+    """One thing the operator may choose. `many` takes several values on the command line."""
+    name: str
+    default: Any
+    kind: Any               # a reader, or the tuple of the words allowed
+    help: str
+    metavar: str = ""
+    many: bool = False
+
+
+OPTIONS = (
+    Option("db_path", "mail.db", filled, "SQLite database; made when missing.", "FILE"),
+    Option("media_path", "media", filled, "Folder of attachments and large messages.", "DIR"),
+    Option("file_hash_length", 24, number(8, 32),
+           "Bytes of SHA-256 that name a media file; 8 to 32.", "BYTES"),
+    Option("bind", "127.0.0.1", filled, "Address to listen on; 0.0.0.0 or :: for all.", "ADDR"),
+    Option("smtp_port", 1025, port, "Port for incoming mail; 0 takes a free one.", "PORT"),
+    Option("api_port", 8025, port, "Port of the JSON API; 0 takes a free one.", "PORT"),
+    Option("lmtp_port", None, port, "Port for LMTP; not opened when missing.", "PORT"),
+    Option("lmtp_socket", None, filled, "Unix socket for LMTP.", "FILE"),
+    Option("hostname", None, filled, "Name in greetings and Received; default: this host's.",
+           "NAME"),
+    Option("server_host", (), domain, "Domains to take mail for; default: every one.", "HOST",
+           many=True),
+    Option("ssl_cert", None, filled, "Certificate chain (PEM); with --ssl_key turns on STARTTLS.",
+           "FILE"),
+    Option("ssl_key", None, filled, "Private key (PEM) of the certificate.", "FILE"),
+    Option("starttls", "required", ("required", "optional"),
+           "Whether MAIL needs TLS once there is a certificate."),
+    Option("server_addr", (("127.0.0.1", None),), host_port,
+           "Where nginx shall send mail: this host as nginx sees it; several share recipients.",
+           "HOST[:PORT]", many=True),
+    Option("trusted_proxy", (), network,
+           "Proxies that may name the real client by XCLIENT or PROXY.", "ADDR", many=True),
+    Option("proxy_protocol", False, flag,
+           "Connections of trusted proxies begin with a PROXY header (v1 or v2)."),
+    Option("api_remote_address", (), network,
+           "The only clients that may use the API (403 for others); default: loopback.", "ADDR",
+           many=True),
+    Option("api_token", None, filled,
+           "Secret for the API (Bearer or Basic); @FILE reads it from a file.", "TOKEN"),
+    Option("api_host", (), filled, "Further names the API answers to in the Host header.", "NAME",
+           many=True),
+    Option("max_size", 50 << 20, size, "Largest message.", "BYTES"),
+    Option("max_line", 1 << 20, size, "Longest line in a message.", "BYTES"),
+    Option("max_header", 1 << 20, size, "Largest header block of a message.", "BYTES"),
+    Option("max_recipients", 1000, number(100, 100000), "Recipients of one message.", "N"),
+    Option("max_connections", 8000, number(1, 1000000), "Connections at once.", "N"),
+    Option("max_connections_per_peer", 500, number(1, 1000000),
+           "Connections at once from one address.", "N"),
+    Option("max_errors", 20, number(1, 100000), "Refused commands before 421.", "N"),
+    Option("timeout", 300, number(1, 86400), "Seconds a client may be silent.", "SECONDS"),
+    Option("max_session", 3600, number(1, 604800), "Seconds a session may last.", "SECONDS"),
+    Option("grace", 10, number(0, 3600), "Seconds to finish what is being received at a stop.",
+           "SECONDS"),
+    Option("bare_newline", "normalize", ("normalize", "reject"),
+           "What to do with a bare LF in a message."),
+    Option("log_format", "text", ("text", "json"), "Form of the log lines on standard error."),
+    Option("debug", False, flag, "Log commands and replies too."),
+)
+
+# What the command line may also ask for; each is answered and ends the program.
+ACTIONS = (
+    ("check", "Check the configuration and exit."),
+    ("generate_nginx_config", "Print a configuration for nginx and exit."),
+    ("generate_systemd_unit", "Print a unit for systemd and exit."),
+)
+
+OPTION_BY_NAME = {option.name: option for option in OPTIONS}
+
+
+class Settings(types.SimpleNamespace):
+    """The chosen values, one attribute for each row of OPTIONS; made by load_settings."""
+
+    def __init__(self, **chosen: Any) -> None:
+        if not chosen.keys() <= OPTION_BY_NAME.keys():
+            raise TypeError("no such option: " + ", ".join(chosen.keys() - OPTION_BY_NAME.keys()))
+        super().__init__(**{option.name: option.default for option in OPTIONS})
+        self.__dict__.update(chosen)
+        self.hostname: str = chosen.get("hostname") or local_hostname()
+
+
+def local_hostname() -> str:
+    """Return this host's name as far as it is fit for a greeting, without asking DNS."""
+    name = socket.gethostname().lower()
+    return name if re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", name) else "localhost"
+
+
+def read_value(option: Option, texts: Sequence[str], source: str) -> Any:
+    """Turn the texts given for an option into its value, or say in one line what is wrong."""
+    try:
+        if isinstance(option.kind, tuple):
+            if texts[-1] not in option.kind:
+                raise ValueError("needs one of: " + ", ".join(option.kind))
+            return texts[-1]
+        values = tuple(option.kind(text) for text in texts)
+        return values if option.many else values[-1]
+    except ValueError as error:
+        raise SettingsError(f"{source}: {shown(texts)}: {error}", 2) from None
+
+
+def shown(texts: Sequence[str]) -> str:
+    """Return texts fit for one line of a message."""
+    return ascii(" ".join(texts)) if len(" ".join(texts)) < 80 else "a value that is too long"
+
+
+def read_env_file(path: str) -> Dict[str, str]:
+    """Read NAME=VALUE lines as shells and compose files write them; no file is an empty one."""
+    values = {}
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = file.read(1 << 20).splitlines()
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: cannot be read: {reason(error)}") from None
+    for line in lines:
+        match = re.fullmatch(r"\s*(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(.*?)\s*", line)
+        if match and not line.lstrip().startswith("#"):
+            name, value = match.groups()
+            if value[:1] in ("'", '"') and value[-1:] == value[:1] and len(value) > 1:
+                value = value[1:-1]
+            else:
+                value = re.sub(r"\s+#.*", "", value)
+            values[name] = value
+    return values
+
+
+def read_ini_file(path: str) -> Dict[str, str]:
+    """Read the [pegmail] section of an INI file."""
+    parser = configparser.ConfigParser(interpolation=None)
+    try:
+        with open(path, encoding="utf-8") as file:
+            parser.read_file(file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"--config {path}: cannot be read: {reason(error)}") from None
+    except configparser.Error as error:
+        text = " ".join(str(error).split())
+        raise SettingsError(f"--config {path}: {text}; write [pegmail] and name = value lines",
+                            2) from None
+    if not parser.has_section("pegmail"):
+        raise SettingsError(f"--config {path}: has no [pegmail] section", 2)
+    return {name.replace("-", "_"): value for name, value in parser.items("pegmail")}
+
+
+def reason(error: BaseException) -> str:
+    """Return why an OSError or the like happened, without its repetition of the path."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def suggest(name: str, names: Iterable[str]) -> str:
+    """Return a hint at the name that was probably meant, or nothing."""
+    close = difflib.get_close_matches(name, list(names), 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def split_values(option: Option, text: str) -> List[str]:
+    """Split a text from a file or the environment into the option's values."""
+    return re.split(r"[\s,]+", text.strip()) if option.many and text.strip() else [text]
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line and name the option that was probably meant."""
+
+    def error(self, message: str) -> Any:
+        """Print the error and exit with the status for wrong usage."""
+        match = re.match(r"unrecognized arguments: (--?[\w-]+)", message)
+        flags = list(self._option_string_actions)
+        hint = suggest(match.group(1), flags) if match else ""
+        self.exit(2, f"pegmail: {message}{hint} (--help lists the options)\n")
+
+
+def argument_parser() -> OneLineParser:
+    """Make the command line from OPTIONS; what is not given leaves no attribute."""
+    parser = OneLineParser(
+        "pegmail.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        description="A whole mail server: SMTP in, SQLite, JSON API out.",
+        epilog="Each option may also stand as PEGMAIL_NAME in the environment or in .env, and as "
+               "name = value under [pegmail] in the --config file; the first of these wins.")
+    for option in OPTIONS:
+        both = dict.fromkeys(("--" + option.name, "--" + option.name.replace("_", "-")))
+        kind = "{%s}" % ",".join(option.kind) if isinstance(option.kind, tuple) else option.metavar
+        if option.kind is flag:
+            parser.add_argument(*both, dest=option.name, help=option.help, nargs="?", const="yes",
+                                metavar="yes|no")
+        else:
+            parser.add_argument(*both, dest=option.name, help=option.help.replace("%", "%%"),
+                                metavar=kind, nargs="+" if option.many else None)
+    parser.add_argument("--config", metavar="FILE", help="INI file with a [pegmail] section.")
+    for name, text in ACTIONS:
+        both = dict.fromkeys(("--" + name, "--" + name.replace("_", "-")))
+        parser.add_argument(*both, dest=name, action="store_true", help=text)
+    parser.add_argument("--version", action="version", version="pegmail " + __version__)
+    return parser
+
+
+def load_settings(arguments: Sequence[str], environ: Dict[str, str], env_path: str = ".env",
+                  ) -> Tuple[Settings, List[str]]:
+    """Return the settings and the names of the actions asked for.
+
+    Takes the words behind the program's name, the environment, and the path of the .env file.
+    Raises SettingsError; unknown words on the command line exit as argparse does.
+    """
+    given = vars(argument_parser().parse_args(arguments))
+    actions = [name for name, _ in ACTIONS if given.pop(name, False)]
+    env_file = read_env_file(env_path)
+    config = given.pop("config", None) or environ.get("PEGMAIL_CONFIG") or env_file.get(
+        "PEGMAIL_CONFIG")
+    ini_file = read_ini_file(config) if config else {}
+    for name in ini_file:
+        if name not in OPTION_BY_NAME:
+            raise SettingsError(f"--config {config}: no option is called {name}"
+                                + suggest(name, OPTION_BY_NAME), 2)
+    for name in env_file:
+        if name.startswith("PEGMAIL_") and name != "PEGMAIL_CONFIG" and (
+                name[8:].lower() not in OPTION_BY_NAME):
+            raise SettingsError(f"{env_path}: no option is called {name}" + suggest(
+                name, ["PEGMAIL_" + known.upper() for known in OPTION_BY_NAME]), 2)
+    chosen = {}
+    for option in OPTIONS:
+        name = "PEGMAIL_" + option.name.upper()
+        if option.name in given:
+            texts = given[option.name]
+            source, texts = "--" + option.name, texts if isinstance(texts, list) else [texts]
+        elif name in environ:
+            source, texts = name, split_values(option, environ[name])
+        elif name in env_file:
+            source, texts = f"{env_path}: {name}", split_values(option, env_file[name])
+        elif option.name in ini_file:
+            source = f"--config {config}: {option.name}"
+            texts = split_values(option, ini_file[option.name])
+        else:
+            continue
+        chosen[option.name] = read_value(option, texts, source)
+    settings = Settings(**chosen)
+    check_together(settings)
+    return settings, actions
+
+
+def check_together(settings: Settings) -> None:
+    """Refuse values that are fine alone and not together, and read the token's file."""
+    if bool(settings.ssl_cert) != bool(settings.ssl_key):
+        raise SettingsError("--ssl_cert and --ssl_key go together: give both or none", 2)
+    if settings.proxy_protocol and not settings.trusted_proxy:
+        raise SettingsError("--proxy_protocol needs --trusted_proxy: say whose header to believe",
+                            2)
+    if settings.api_token and settings.api_token.startswith("@"):
+        path = settings.api_token[1:]
+        try:
+            with open(path, encoding="utf-8") as file:
+                settings.api_token = file.read(4096).strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsError(f"--api_token @{path}: cannot be read: {reason(error)}") from None
+        if not settings.api_token:
+            raise SettingsError(f"--api_token @{path}: the file is empty")
+
+
+def option_table() -> str:
+    """Return OPTIONS as the README's table."""
+    rows = ["| option | default | what it does |", "|---|---|---|"]
+    for option in OPTIONS:
+        rows.append(f"| `--{option.name}` | {default_text(option)} | {option.help} |")
+    rows += [f"| `--{name}` | | {text} |" for name, text in ACTIONS]
+    return "\n".join(rows)
+
+
+def default_text(option: Option) -> str:
+    """Return an option's default as the README shows it."""
+    value = option.default
+    if value is None or value == ():
+        return ""
+    if option.kind is size:
+        return f"`{value >> 20}M`"
+    if option.kind is flag:
+        return "`yes`" if value else "`no`"
+    return f"`{value[0][0]}`" if option.many else f"`{value}`"
+
+
+# =====================================================================================
+# 2. Text: addresses, dates, encodings; pure functions
+#
+# RFC 5321 4.1.2 (addresses), 2047 and 2231 (encoded words and parameters), 6266 (file names in
+# HTTP). No I/O and no clock; whatever the input, the time is linear in its length.
+# =====================================================================================
+
+MAX_ADDRESS = 1000        # above RFC 5321 4.5.3.1.3 (256 for a path), for odd but real senders
+
+
+class Address(NamedTuple):
+    """A mailbox address that has been read; `domain` is as given, `text` the whole."""
+    local: str
+    domain: str
+    text: str
+
+
+PLAIN_ADDRESS = re.compile(r"([\w!#$%&'*+/=?^`{|}~.-]+)@([A-Za-z0-9](?:[A-Za-z0-9._-]*))")
+QUOTED_LOCAL = re.compile(r'"(?:[^"\\\x00-\x1f\x7f]|\\[ -~])*"')
+
+
+def parse_address(text: str) -> Address:
+    """Read a mailbox without angle brackets (RFC 5321 4.1.2); raise ValueError if it is none.
+
+    Dots in odd places, as some providers hand out, are let through; spaces and control
+    characters outside quotes are not. A missing domain gives an empty one.
+    """
+    if len(text) > MAX_ADDRESS:
+        raise ValueError("address is too long")
+    plain = PLAIN_ADDRESS.fullmatch(text)
+    if plain:
+        return Address(plain.group(1), plain.group(2), text)
+    quoted = QUOTED_LOCAL.match(text)
+    if quoted:
+        local, rest = quoted.group(), text[quoted.end():]
+    else:
+        local, at, rest = text.partition("@")
+        rest = at + rest
+    if not quoted and (not local or re.search(r'[\s\x00-\x20\x7f<>(),:;\\"\[\]]', local)):
+        raise ValueError("local part is not valid")
+    if not rest:
+        return Address(local, "", text)
+    if rest[0] != "@" or normalize_domain(rest[1:]) is None:
+        raise ValueError("domain is not valid")
+    return Address(local, rest[1:], text)
+
+
+def normalize_domain(name: str) -> Optional[str]:
+    """Return a domain or address literal the way domains are compared, None if it is none.
+
+    Lower case, A-labels for U-labels (RFC 5890), no dot at the end; [IPv6:1::2] in short form.
+    """
+    if name.startswith("[") and name.endswith("]"):
+        literal = name[1:-1]
+        literal = literal[5:] if literal[:5].lower() == "ipv6:" else literal
+        try:
+            return f"[{ipaddress.ip_address(literal)}]"
+        except ValueError:
+            return None
+    name = name.rstrip(".").lower()
+    if not 0 < len(name) <= 255:
+        return None
+    if not name.isascii():
+        try:
+            name = name.encode("idna").decode("ascii").lower()
+        except UnicodeError:
+            return None
+    labels_fit = all(0 < len(label) <= 63 for label in name.split("."))
+    return name if labels_fit and re.fullmatch(r"[a-z0-9._-]+", name) else None
+
+
+def clean_line(text: str, limit: int = 1000) -> str:
+    """Return text as one line: control characters become spaces, and it is cut at the limit."""
+    return re.sub(r"[\x00-\x1f\x7f\x85\u2028\u2029]", " ", text[:limit])
+
+
+def fold(text: str) -> str:
+    """Return text the way substrings are compared: without case."""
+    return text.casefold()
+
+
+# -- Bytes to text: nothing here raises, and nothing is lost --
+
+UNSAFE_CODECS = {"idna", "punycode", "unicode-escape", "raw-unicode-escape", "undefined", "utf-7"}
+
+
+@functools.lru_cache(maxsize=256)
+def find_codec(charset: str) -> Optional[str]:
+    """Return Python's name for a charset of MIME, None if there is no safe one."""
+    name = charset.strip().strip("'\"").lower()
+    name = {"utf-8-sig": "utf-8", "utf8": "utf-8", "x-sjis": "cp932", "ks_c_5601-1987": "cp949",
+            "gb2312": "gb18030", "iso-8859-1": "cp1252", "latin1": "cp1252", "us-ascii": "ascii",
+            "iso-8859-8-i": "iso-8859-8", "x-unknown": "ascii"}.get(name, name)
+    try:
+        info = codecs.lookup(name)
+        if not getattr(info, "_is_text_encoding", True) or info.name in UNSAFE_CODECS:
+            return "utf-7" if info.name == "utf-7" else None
+        return info.name
+    except (LookupError, ValueError, UnicodeError):
+        return None
+
+
+def decode_text(data: bytes, charset: str = "") -> str:
+    """Decode bytes by the charset they claim, else as UTF-8, else as Latin-1."""
+    for codec in (find_codec(charset[:100]) if charset else None, "utf-8"):
+        if codec:
+            try:
+                return data.decode(codec)
+            except (UnicodeError, ValueError, LookupError):
+                continue
+    return data.decode("latin-1")
+
+
+ENCODED_WORD = re.compile(r"=\?([^?\s]{1,80})\?([bBqQ])\?([^?]*)\?=")
+
+
+def decode_words(text: str) -> str:
+    """Decode the encoded words in a header value (RFC 2047).
+
+    White space between two words goes away; pieces of one charset are joined before they are
+    decoded, as many programs cut characters in two.
+    """
+    if "=?" not in text:
+        return text
+    out: List[str] = []
+    pending: List[bytes] = []
+    charset, end = "", 0
+    for match in ENCODED_WORD.finditer(text):
+        between = text[end:match.start()]
+        name = match.group(1).partition("*")[0].lower()     # RFC 2231 5: charset*language
+        if pending and (between.strip() or name != charset):
+            out.append(decode_text(b"".join(pending), charset))
+            pending = []
+        if between.strip() or not end:
+            out.append(between)
+        pending.append(decode_word(match.group(2), match.group(3)))
+        charset, end = name, match.end()
+    if pending:
+        out.append(decode_text(b"".join(pending), charset))
+    return "".join(out) + text[end:]
+
+
+def decode_word(encoding: str, text: str) -> bytes:
+    """Decode the text of one encoded word."""
+    data = text.encode("utf-8", "surrogateescape")
+    if encoding in "qQ":
+        return binascii.a2b_qp(data, header=True)
+    return decode_base64(data)
+
+
+def decode_base64(data: bytes) -> bytes:
+    """Decode base64 as mail has it: with line ends, without padding, with rubbish in between."""
+    try:
+        return binascii.a2b_base64(data)
+    except binascii.Error:
+        data = re.sub(rb"[^A-Za-z0-9+/]", b"", data)
+        data = data[:-1] if len(data) % 4 == 1 else data
+        return binascii.a2b_base64(data + b"=" * (-len(data) % 4))
+
+
+PARAMETER = re.compile(r';\s*([^\s;="]{1,80})\s*=\s*(?:"((?:[^"\\]|\\.)*)"?|([^;]*))', re.S)
+MAX_PARAMETERS = 200
+
+
+def parse_parameters(value: str) -> Tuple[str, Dict[str, str]]:
+    """Split a value such as `text/plain; charset=utf-8` into its head and its parameters.
+
+    Joins continuations and decodes RFC 2231 values, and encoded words where they should not be.
+    """
+    head, semicolon, rest = value.partition(";")
+    plain: Dict[str, str] = {}
+    pieces: Dict[str, Dict[int, Tuple[bool, str]]] = {}
+    for match in itertools.islice(PARAMETER.finditer(semicolon + rest), MAX_PARAMETERS):
+        name, quoted, bare = match.groups()
+        text = re.sub(r"\\(.)", r"\1", quoted) if quoted is not None else bare.strip()
+        base, star, index = name.lower().partition("*")
+        if not star:
+            plain.setdefault(base, decode_words(text))
+            continue
+        extended = index == "" or index.endswith("*")
+        digits = index.rstrip("*") or "0"
+        if digits.isdigit() and len(digits) < 4:
+            pieces.setdefault(base, {}).setdefault(int(digits), (extended, text))
+    for base, parts in pieces.items():
+        plain[base] = join_pieces([parts[i] for i in sorted(parts)])
+    return head.strip(), plain
+
+
+def join_pieces(parts: List[Tuple[bool, str]]) -> str:
+    """Decode the pieces of an RFC 2231 parameter: (percent-encoded?, text), in order."""
+    charset = ""
+    if parts[0][0]:
+        pieces = parts[0][1].split("'", 2)
+        if len(pieces) == 3:
+            charset, parts[0] = pieces[0], (True, pieces[2])
+    data = b"".join(urllib.parse.unquote_to_bytes(text) if extended
+                    else text.encode("utf-8", "surrogateescape") for extended, text in parts)
+    return decode_text(data, charset)
+
+
+# -- Text that leaves --
+
+def safe_filename(name: str) -> str:
+    """Return a name from mail as one a browser may save under: no folders, no controls.
+
+    Direction marks, which make `exe.fdp` look like a PDF, go too.
+    """
+    name = re.sub(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]", "", name[:4000])
+    name = re.sub(r'[<>:"/\\|?*]', "_", name.replace("\\", "/").rpartition("/")[2])
+    name = name.strip(" .").encode("utf-8", "replace").decode("utf-8")
+    while len(name.encode("utf-8")) > 200:
+        stem, dot, ending = name.rpartition(".")
+        name = (stem[:-1] + dot + ending) if dot and len(ending) < 20 and stem else name[:-1]
+    if re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name):
+        name = "_" + name
+    return name or "attachment"
+
+
+def content_disposition(kind: str, filename: str) -> str:
+    """Return a Content-Disposition value for HTTP (RFC 6266) with a plain and a full name."""
+    name = safe_filename(filename)
+    plain = re.sub(r'[^ -~]|["\\%]', "_", name)
+    value = f'{kind}; filename="{plain}"'
+    if plain != name:
+        value += "; filename*=UTF-8''" + urllib.parse.quote(name, safe="")
+    return value
+
+
+def html_text(markup: str) -> Tuple[str, List[str]]:
+    """Return the words of an HTML text, and the addresses its links point to."""
+    words: List[str] = []
+    links: List[str] = []
+    end, skipping = 0, ""
+    for match in re.finditer(r"<([^<>]*)>", markup):
+        if not skipping:
+            words.append(markup[end:match.start()])
+        end = match.end()
+        tag = re.match(r"/?[a-z0-9!]*", match.group(1).lower()).group()  # type: ignore[union-attr]
+        if skipping:
+            skipping = "" if tag == "/" + skipping else skipping
+        elif tag in ("script", "style"):
+            skipping = tag
+        elif tag == "a":
+            href = re.search(r"""(?i)\shref\s*=\s*(?:"([^"]*)"|'([^']*)'|(\S+))""", match.group(1))
+            if href:
+                links.append(html.unescape(next(filter(None, href.groups()), "")).strip())
+        words.append("\n" if tag.strip("/") in ("p", "br", "div", "tr", "li", "h1", "h2") else " ")
+    return html.unescape("".join(words + [markup[end:] if not skipping else ""])), links
+
+
+LINK = re.compile(r"""https?://[^\s<>"'`\\^{}|]{3,2000}""")
+CODE = re.compile(r"(?<![\w./:#?=&%@+-])(?:[A-Z]{1,3}-)?"
+                  r"(?:\d{4,10}|\d{3}[ -]\d{3}|\d{2}(?: \d{2}){2}"
+                  r"|(?=[A-Z]*\d)(?=\d*[A-Z])[A-Z0-9]{5,10}|[A-Z0-9]{3,5}-[A-Z0-9]{3,5})"
+                  r"(?![\w/%@]|[-.,:]\d)")
+CODE_WORD = re.compile(r"(?i)\b(?:code|otp|pin|passcode|password|token|verif\w*|confirm\w*|"
+                       r"one[- ]time|2fa|tan|kod|codice|código|bestätigung\w*)\b|验证码|код")
+
+
+def find_codes(text: str) -> List[str]:
+    """Return what looks like one-time codes in a text, the likeliest first.
+
+    A code is a run of 4 to 10 digits or capitals with a digit; only lines that speak of one, and
+    the two lines behind such a line, are read.
+    """
+    ranked: Dict[str, int] = {}
+    near = 0
+    for line in text.splitlines()[:5000]:
+        line = line[:2000]
+        word = CODE_WORD.search(line)
+        near = 3 if word else near - (1 if line.strip() else 0)
+        if near <= 0:
+            continue
+        for match in CODE.finditer(line):
+            code = re.sub(r"(?<=\d)[ ](?=\d)", "", match.group())
+            year = re.fullmatch(r"(19|20)\d\d", code) and not word
+            distance = abs(match.start() - word.end()) if word else 1000
+            if not year:
+                ranked[code] = min(ranked.get(code, 99999), distance)
+    return sorted(ranked, key=lambda code: ranked[code])[:20]
+
+
+def find_links(text: str) -> List[str]:
+    """Return the http and https addresses in a text, each once, in order."""
+    found = (match.group().rstrip(".,;:!?)]*") for match in LINK.finditer(text))
+    return list(dict.fromkeys(found))[:200]
+
+
+def choose_server(servers: Sequence[Any], address: str) -> Any:
+    """Return the server that an address belongs to, by rendezvous hashing.
+
+    Adding a server moves only the addresses that it wins; case makes no difference.
+    """
+    key = fold(address).encode("utf-8", "surrogateescape")
+    return max(servers, key=lambda server: hashlib.sha256(repr(server).encode() + key).digest())
+
+
+# =====================================================================================
+# 3. Mail: envelopes, replies, header fields and MIME structure
+#
+# RFC 5322 (fields), 2045 to 2049 (MIME), 3463 and 5248 (status codes). Reads a message through
+# a Source, window by window, so its size is no memory. Every bound is Postfix's as shipped.
+# No sockets, no SQL.
+# =====================================================================================
+
+MAX_HEADER_BYTES = 102400     # Postfix header_size_limit: parsed; more is kept, not read
+MAX_HEADER_FIELDS = 2000      # fields read of one header
+MAX_DEPTH = 100               # Postfix mime_nesting_limit
+MAX_BOUNDARY = 2048           # Postfix mime_boundary_length_limit
+MAX_PARTS = 1000
+MAX_DASHED = 100000           # lines looked at because a boundary might stand there
+MAX_TEXT = 1 << 20            # text shown of one part; a longer one is an attachment
+MAX_HOPS = 100                # RFC 5321 6.3
+WINDOW = 1 << 18              # bytes looked at in one go
+
+
+class Envelope(NamedTuple):
+    """What a session knows of a message besides its content. `peer` is an address."""
+    sender: str
+    recipients: Tuple[str, ...]
+    peer: str = ""
+    helo: str = ""
+    protocol: str = "SMTP"       # the word behind "with" in Received (RFC 3848)
+    tls: str = ""                # version and cipher, or nothing
+    ident: str = ""              # session and transaction, as in the log
+
+
+class Reply(NamedTuple):
+    """A reply: a code, an enhanced status code (RFC 3463) or none, and lines of text."""
+    code: int
+    status: str
+    text: str
+
+    def encode(self) -> bytes:
+        """Return the reply as it goes over the wire (RFC 5321 4.2.1, RFC 2034 4)."""
+        status = self.status + " " if self.status else ""
+        lines = self.text.split("\n")
+        head = "".join(f"{self.code}-{status}{line}\r\n" for line in lines[:-1])
+        return f"{head}{self.code} {status}{lines[-1]}\r\n".encode("utf-8", "replace")
+
+
+class ParseError(Exception):
+    """A message is over a bound or cannot be read as MIME; it is kept all the same."""
+
+
+# -- Sources: the bytes of a message, by ranges --
+
+class Source:
+    """Bytes that can be read by ranges; made from bytes, or from a function that reads a range."""
+
+    def __init__(self, size: int, read: Callable[[int, int], bytes]) -> None:
+        self.size = size
+        self.read = read         # read(start, end) returns the bytes of that range
+
+    @classmethod
+    def of(cls, data: bytes) -> "Source":
+        """Return a source over bytes in memory."""
+        return cls(len(data), lambda start, end: data[start:end])
+
+    def windows(self, start: int, end: int) -> Iterator[bytes]:
+        """Yield the bytes from start to end in pieces of at most WINDOW."""
+        for place in range(start, end, WINDOW):
+            yield self.read(place, min(place + WINDOW, end))
+
+    def find_lines(self, needle: bytes, start: int, end: int) -> Iterator[int]:
+        """Yield the places from start to end where a line begins with the needle."""
+        needle, place = b"\n" + needle, start
+        if self.read(start, start + len(needle) - 1) == needle[1:]:
+            yield start
+        while place < end:
+            data = self.read(place, min(place + WINDOW + len(needle), end))
+            found = data.find(needle)
+            while 0 <= found < WINDOW:
+                yield place + found + 1
+                found = data.find(needle, found + 1)
+            place += WINDOW
+
+
+# -- Header fields --
+
+def header_length(data: bytes) -> int:
+    """Return the length of the header block at the beginning of a message, its CRLF included.
+
+    It ends before an empty line, or before the first line that can be no field (the `From ` line
+    of an mbox is passed over).
+    """
+    end = 0 if data.startswith(b"\r\n") else data.find(b"\r\n\r\n") + 2
+    end = end if end != 1 else len(data)
+    stray = NOT_A_FIELD.search(data, 0, end)
+    return stray.start() if stray else end
+
+
+NOT_A_FIELD = re.compile(rb"^(?![!-9;-~]{1,200}[ \t]*:|[ \t]|>?From )[^\r\n]", re.M)
+FIELD = re.compile(rb"^([!-9;-~]{1,200})[ \t]*:([^\n]*(?:\n[ \t][^\n]*)*)", re.M)
+
+
+def parse_fields(block: bytes) -> List[Tuple[str, str]]:
+    """Return the (name, unfolded raw value) of each field of a header block, in order.
+
+    8-bit values are read as UTF-8, else Latin-1. Raises ParseError over the bound on fields.
+    """
+    fields: List[Tuple[str, str]] = []
+    for match in FIELD.finditer(block):
+        if len(fields) >= MAX_HEADER_FIELDS:
+            raise ParseError(f"more than {MAX_HEADER_FIELDS} header fields")
+        value = match.group(2).replace(b"\r\n", b"").replace(b"\r", b" ")
+        fields.append((match.group(1).decode("ascii"), decode_text(value).strip(" \t")))
+    return fields
+
+
+def first_field(fields: Sequence[Tuple[str, str]], name: str) -> str:
+    """Return the raw value of the first field of that lower-case name, or nothing."""
+    return next((value for known, value in fields if known.lower() == name), "")
+
+
+SUBJECT = re.compile(rb"^subject[ \t]*:([^\n]*(?:\n[ \t][^\n]*)*)", re.M | re.I)
+
+
+def read_subject(block: bytes) -> str:
+    """Return the decoded subject in a header block, cut at 2,000 bytes; the first counts."""
+    match = SUBJECT.search(block)
+    if not match:
+        return ""
+    value = match.group(1)[:2000].replace(b"\r\n", b"").replace(b"\r", b" ")
+    return clean_line(decode_words(decode_text(value))).strip()
+
+
+def count_hops(block: bytes) -> int:
+    """Return the number of Received fields in a header block (RFC 5321 6.3)."""
+    return block[:9].lower().startswith(b"received:") + block.lower().count(b"\nreceived:")
+
+
+def trace_fields(envelope: Envelope, hostname: str, date: str) -> bytes:
+    """Return the fields added on top at receipt: Return-Path and Received (RFC 5321 4.4).
+
+    Nothing a client said is taken over but characters that can do no harm in a comment.
+    """
+    helo = re.sub(r"[^\w.:\[\]-]", "?", envelope.helo[:255], flags=re.A) or "unknown"
+    tls = f" ({envelope.tls})" if envelope.tls else ""
+    sole = f"\r\n\tfor <{envelope.recipients[0]}>" if len(envelope.recipients) == 1 else ""
+    literal = f"[IPv6:{envelope.peer}]" if ":" in envelope.peer else f"[{envelope.peer}]"
+    return (f"Return-Path: <{envelope.sender}>\r\n"
+            f"Received: from {helo} ({literal})\r\n"
+            f"\tby {hostname} (pegmail) with {envelope.protocol}{tls}\r\n"
+            f"\tid {envelope.ident}{sole};\r\n\t{date}\r\n").encode("utf-8", "replace")
+
+
+# -- MIME structure --
+
+class Part:
+    """One entity of a MIME message: its fields, and where its body lies; made by read_structure."""
+
+    __slots__ = ("fields", "start", "end", "mime", "params", "encoding", "disposition", "filename",
+                 "boundary", "children", "depth")
+
+    def __init__(self, fields: List[Tuple[str, str]], start: int, depth: int, default: str) -> None:
+        self.fields = fields
+        self.start = start            # where the body begins, and ends
+        self.end = start
+        self.depth = depth
+        self.children: List[Part] = []
+        mime, self.params = parse_parameters(first_field(fields, "content-type"))
+        mime = mime.lower()
+        self.mime = mime if re.fullmatch(r"[\w.+-]{1,100}/[\w.+-]{1,100}", mime, re.A) else default
+        encoding = parse_parameters(first_field(fields, "content-transfer-encoding"))[0]
+        self.encoding = encoding.lower()
+        value, params = parse_parameters(first_field(fields, "content-disposition"))
+        self.disposition = value.lower()
+        self.filename = params.get("filename") or self.params.get("name") or ""
+        self.boundary = b""
+        if self.mime.startswith("multipart/"):
+            boundary = self.params.get("boundary", "").rstrip().encode("utf-8", "replace")
+            if len(boundary) > MAX_BOUNDARY:
+                raise ParseError(f"a boundary of more than {MAX_BOUNDARY} bytes")
+            self.boundary = boundary
+
+    @property
+    def subtype(self) -> str:
+        """The word behind the slash of the media type."""
+        return self.mime.partition("/")[2]
+
+
+class StructureReader:
+    """Finds the parts of a message in one pass over its lines; made by read_structure."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.stack: List[Part] = []          # the open entities, the outermost first
+        self.count = 0
+
+    def read(self) -> Part:
+        """Return the root part with its children."""
+        root = self.open_part(0, "text/plain")
+        if any(part.boundary for part in self.stack):
+            for seen, place in enumerate(self.source.find_lines(b"--", 0, self.source.size)):
+                if seen > MAX_DASHED:
+                    raise ParseError(f"more than {MAX_DASHED} lines that begin like a boundary")
+                if place >= self.stack[-1].start:
+                    self.take_line(place)
+        self.close_to(0, self.source.size)
+        return root
+
+    def take_line(self, place: int) -> None:
+        """Open or close parts if the line at this place is a boundary of an open multipart."""
+        line = self.source.read(place, place + MAX_BOUNDARY + 6).split(b"\n", 1)[0].rstrip()
+        for index in range(len(self.stack) - 1, -1, -1):
+            boundary = self.stack[index].boundary
+            if not boundary or not line.startswith(boundary, 2):
+                continue
+            rest = line[2 + len(boundary):]
+            if rest not in (b"", b"--"):
+                continue
+            # RFC 2046 5.1.1: the CRLF before the line belongs to the boundary.
+            before = self.source.read(place - 2, place) if place >= 2 else b""
+            self.close_to(index + 1, place - 2 if before == b"\r\n" else place)
+            if rest:
+                self.stack[index].boundary = b""        # what follows is the epilogue
+            else:
+                start = place + self.source.read(place, place + MAX_BOUNDARY + 1000).find(b"\n") + 1
+                digest = self.stack[index].mime == "multipart/digest"
+                self.open_part(start, "message/rfc822" if digest else "text/plain")
+            return
+
+    def open_part(self, start: int, default: str) -> Part:
+        """Read the header at this place and put its part on the stack, and the one it embeds."""
+        self.count += 1
+        if self.count > MAX_PARTS:
+            raise ParseError(f"more than {MAX_PARTS} parts")
+        if len(self.stack) >= MAX_DEPTH:
+            raise ParseError(f"parts nested more than {MAX_DEPTH} deep")
+        data = self.source.read(start, start + MAX_HEADER_BYTES + 4)
+        # A part may have no header: then its empty line, or its boundary, comes at once.
+        length = header_length(data)
+        if length > MAX_HEADER_BYTES:
+            raise ParseError(f"a header of more than {MAX_HEADER_BYTES} bytes")
+        blank = 2 if data.startswith(b"\r\n", length) else 0
+        part = Part(parse_fields(data[:length]), start + length + blank, len(self.stack), default)
+        if self.stack:
+            self.stack[-1].children.append(part)
+        self.stack.append(part)
+        if part.mime == "message/rfc822" and part.encoding in ("", "7bit", "8bit", "binary"):
+            self.open_part(part.start, "text/plain")
+        return part
+
+    def close_to(self, index: int, end: int) -> None:
+        """Close the parts from this place of the stack on; their bodies end here."""
+        for part in self.stack[index:]:
+            part.end = max(part.start, end)
+        del self.stack[index:]
+
+
+def read_structure(source: Source) -> Part:
+    """Return the tree of a message's parts. Raises ParseError over a bound."""
+    return StructureReader(source).read()
+
+
+def walk_parts(part: Part) -> Iterator[Part]:
+    """Yield a part and all below it, in the order of the message."""
+    pending = [part]
+    while pending:
+        part = pending.pop()
+        yield part
+        pending.extend(reversed(part.children))
+
+
+def is_text(part: Part) -> bool:
+    """Is this part to be shown as text, and not kept as a file?"""
+    return (part.mime in ("text/plain", "text/html", "text/enriched", "text/calendar")
+            and part.disposition != "attachment" and not part.filename
+            and part.end - part.start <= 2 * MAX_TEXT)
+
+
+def decoded_windows(source: Source, part: Part) -> Iterator[bytes]:
+    """Yield the decoded body of a part, window by window."""
+    windows = source.windows(part.start, part.end)
+    if part.encoding == "base64":
+        rest = b""
+        for window in windows:
+            # Four characters make three bytes: what is over waits for the next window.
+            window = rest + re.sub(rb"[^A-Za-z0-9+/]+", b"", window)
+            rest = window[len(window) & ~3:]
+            yield binascii.a2b_base64(window[:len(window) & ~3])
+        if len(rest) > 1:
+            yield decode_base64(rest)
+    elif part.encoding == "quoted-printable":
+        yield from decoded_quoted(windows)
+    else:
+        yield from windows
+
+
+def decoded_quoted(windows: Iterable[bytes]) -> Iterator[bytes]:
+    """Decode quoted-printable in windows; cut at line ends, so that no escape is cut in two."""
+    rest = b""
+    for window in windows:
+        window = rest + window
+        cut = window.rfind(b"\n") + 1
+        if not cut and len(window) > 2 * WINDOW:
+            cut = len(window) - 3
+        rest = window[cut:]
+        yield binascii.a2b_qp(window[:cut])
+    yield binascii.a2b_qp(rest)
+
+
+def decoded_text(source: Source, part: Part) -> str:
+    """Return the text of a text part: decoded, line ends as \\n, cut at MAX_TEXT characters."""
+    data = b"".join(decoded_windows(source, part))
+    text = decode_text(data, part.params.get("charset", ""))
+    return text[:MAX_TEXT].replace("\r\n", "\n").replace("\r", "\n").replace("\0", "\ufffd")
+
+
+def part_filename(part: Part) -> str:
+    """Return the name an attachment came with, or one made from its type."""
+    if part.filename:
+        return clean_line(part.filename, 4000).strip()
+    if part.mime == "message/rfc822":
+        return "message.eml"
+    return "attachment" + (mimetypes.guess_extension(part.mime) or "")
+
+
+# -- Holes: a message whose large parts stand elsewhere --
+
+class Hole(NamedTuple):
+    """A place in a message's kept text where bytes of a media file belong.
+
+    `offset` counts in the kept text; `line` is the length of a base64 line there, 0 if the file
+    stands there as it is; `end` is what follows the last line, CRLF or nothing.
+    """
+    offset: int
+    hash: str
+    size: int
+    line: int
+    end: str
+
+    @property
+    def length(self) -> int:
+        """The bytes that the hole takes in the message."""
+        if not self.line:
+            return self.size
+        encoded = (self.size + 2) // 3 * 4
+        return encoded + (max(0, encoded - 1) // self.line) * 2 + len(self.end)
+
+
+def base64_line(source: Source, part: Part) -> Tuple[int, str]:
+    """Return the line length of a base64 body and its end; (0, "") if it is not regular."""
+    head = source.read(part.start, min(part.start + 1002, part.end))
+    line = head.find(b"\r\n")
+    tail = source.read(max(part.start, part.end - 2), part.end)
+    end = "\r\n" if tail == b"\r\n" else ""
+    line = part.end - part.start - len(end) if line < 0 else line
+    return (line, end) if 0 < line <= 1000 and line % 4 == 0 else (0, "")
+
+
+def is_regular(data: bytes, line: int, decoded: bytes) -> bool:
+    """Is data just what encode_lines makes of decoded, but for the CRLF at its end?"""
+    step = line + 2
+    count = (len(data) - 1) // step
+    return (data[line::step] == b"\r" * len(data[line::step])
+            and data[line + 1::step] == b"\n" * len(data[line + 1::step])
+            and len(data[line::step]) in (count, count + 1)
+            and data.replace(b"\r\n", b"") == binascii.b2a_base64(decoded, newline=False))
+
+
+def encode_lines(data: bytes, line: int) -> bytes:
+    """Return data in base64 in lines of that length, no CRLF behind the last."""
+    text = binascii.b2a_base64(data, newline=False)
+    return b"\r\n".join([text[i:i + line] for i in range(0, len(text), line)])
+
+
+# =====================================================================================
+# 4. Store: what is kept, and how it is found again
+#
+# All SQL and all files. One writer thread takes jobs from a queue; the jobs that wait while a
+# commit is fsynced make the next transaction. Readers have a connection each and hold no snapshot
+# between calls. What a caller was told is kept is on the disk. Knows no protocol.
+# =====================================================================================
+
+SPOOL_SIZE = 64 << 10         # a larger message goes to a file while it arrives
+HOLE_SIZE = 4 << 10           # an encoded part from this size on stands in the media tree only
+MAX_BATCH = 64                # jobs of one transaction, and rows of one INSERT
+MAX_WAL = 32 << 20            # bytes from which on the writer empties the write-ahead log
+DIGEST_BATCH = 32             # messages digested for one transaction
+INDEX_BATCH = 100             # rows indexed in one transaction; more would hold up a 250
+COUNT_CACHE = 256             # filters whose counts are remembered
+MAX_TREE_TEXT = 4 << 20       # characters of text in the body tree of one message
+
+SCHEMA = 1
+MIGRATIONS = ("""
+CREATE TABLE meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE message (
+    id INTEGER PRIMARY KEY,
+    received INTEGER NOT NULL,             -- milliseconds since 1970, never less than the last
+    sender TEXT NOT NULL,
+    recipients TEXT NOT NULL,              -- one a line
+    subject TEXT NOT NULL,
+    is_read INTEGER NOT NULL DEFAULT 0,
+    size INTEGER NOT NULL,                 -- of the raw message, trace fields included
+    attachments INTEGER NOT NULL DEFAULT 0,
+    digested INTEGER NOT NULL DEFAULT 0);
+CREATE INDEX message_received ON message (received);
+CREATE INDEX message_unread ON message (id) WHERE is_read = 0;
+CREATE INDEX message_read ON message (id) WHERE is_read = 1;
+CREATE INDEX message_undigested ON message (id) WHERE digested = 0;
+CREATE TABLE content (
+    id INTEGER PRIMARY KEY,
+    peer TEXT NOT NULL,
+    trace BLOB NOT NULL,                   -- the fields added on top
+    raw BLOB,                              -- the text but for the holes, or
+    file TEXT,                             -- the media file that holds it
+    holes TEXT NOT NULL DEFAULT '');       -- JSON list of Hole
+CREATE INDEX content_file ON content (file) WHERE file IS NOT NULL;
+CREATE TABLE digest (id INTEGER PRIMARY KEY, fields TEXT NOT NULL, body TEXT NOT NULL,
+                     error TEXT NOT NULL);
+CREATE TABLE attachment (message INTEGER, number INTEGER, hash TEXT NOT NULL,
+                         filename TEXT NOT NULL, mime TEXT NOT NULL, size INTEGER NOT NULL,
+                         PRIMARY KEY (message, number)) WITHOUT ROWID;
+CREATE INDEX attachment_hash ON attachment (hash);
+""",)
+SEARCH_TABLE = """CREATE VIRTUAL TABLE IF NOT EXISTS search USING fts5(
+    sender, recipients, subject, content='', tokenize='trigram case_sensitive 1')"""
+MESSAGE = ("m.id, m.received, m.sender, m.recipients, m.subject, m.is_read, m.size, m.attachments, "
+           "m.digested")
+
+
+class StoreError(Exception):
+    """Something could not be kept or found; `full` when the disk is."""
+
+    def __init__(self, text: str, full: bool = False) -> None:
+        super().__init__(text)
+        self.full = full
+
+
+def store_error(error: Exception) -> StoreError:
+    """Return a database's or a disk's error as a StoreError."""
+    number = getattr(error, "errno", None)
+    full = number in (errno.ENOSPC, errno.EDQUOT) or "is full" in str(error)
+    return StoreError(reason(error), full)
+
+
+class Message(NamedTuple):
+    """A row of the message table; `recipients` is a text with one a line."""
+    id: int
+    received: int
+    sender: str
+    recipients: str
+    subject: str
+    is_read: int
+    size: int
+    attachments: int
+    digested: int
+
+
+class Filter(NamedTuple):
+    """What messages to find: substrings without case, the read state, and where to begin."""
+    sender: str = ""
+    recipients: str = ""
+    subject: str = ""
+    is_read: Optional[int] = None
+    after: int = 0
+    since: int = 0
+
+
+class Digest(NamedTuple):
+    """What was read out of a message: JSON texts of its fields and body tree, and its parts."""
+    fields: str
+    body: str
+    error: str
+    attachments: Tuple[Tuple[str, str, str, int], ...] = ()   # hash, filename, mime, size
+    kept: Optional[bytes] = None       # with holes: the text around them, or
+    file: Optional[str] = None         # the media file that holds it
+    holes: Tuple[Hole, ...] = ()
+
+
+# -- The media tree --
+
+class Media:
+    """The tree of content-addressed files; made by Store."""
+
+    def __init__(self, path: str, hash_bytes: int) -> None:
+        self.root = path
+        self.temporary = os.path.join(path, "tmp")
+        self.digits = hash_bytes * 2
+        os.makedirs(self.temporary, mode=0o700, exist_ok=True)
+        for name in os.listdir(self.temporary):
+            os.unlink(os.path.join(self.temporary, name))
+
+    def path(self, name: str) -> str:
+        """Return where the file of that hash stands. Raises StoreError if it is no hash."""
+        if not re.fullmatch(r"[0-9a-f]{16,64}", name):
+            raise StoreError("not a hash")
+        return os.path.join(self.root, name[:2], name[2:4], name[4:6], name[6:])
+
+    def has(self, name: str) -> bool:
+        """Is there a file of that hash?"""
+        return os.path.isfile(self.path(name))
+
+    def read(self, name: str, start: int, end: int) -> bytes:
+        """Return a range of the file of that hash."""
+        handle = os.open(self.path(name), os.O_RDONLY)
+        try:
+            return os.pread(handle, max(0, end - start), start)
+        finally:
+            os.close(handle)
+
+    def source(self, name: str) -> Source:
+        """Return the file of that hash as a Source. Raises FileNotFoundError."""
+        return Source(os.path.getsize(self.path(name)), functools.partial(self.read, name))
+
+    def write(self, windows: Iterable[bytes]) -> Tuple[str, int]:
+        """Keep these bytes; return their hash and size once they are on the disk."""
+        spool = Spool(self)
+        try:
+            for window in windows:
+                spool.write(window)
+            return spool.finish(), spool.size
+        finally:
+            spool.discard()
+
+    def remove(self, name: str) -> None:
+        """Remove the file of that hash, and folders that it leaves empty."""
+        path = self.path(name)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        for _ in range(3):
+            path = os.path.dirname(path)
+            try:
+                os.rmdir(path)
+            except OSError:
+                return              # not empty, or just now filled again
+
+    def walk(self) -> Iterator[Tuple[str, float]]:
+        """Yield the hash and the modification time of every file."""
+        for folder, _, names in os.walk(self.root):
+            stem = os.path.relpath(folder, self.root).replace(os.sep, "")
+            for name in names:
+                if re.fullmatch(r"[0-9a-f]{16,64}", stem + name):
+                    with contextlib.suppress(FileNotFoundError):
+                        yield stem + name, os.path.getmtime(os.path.join(folder, name))
+
+
+class Spool:
+    """A file that is being written to the media tree, and hashed on the way.
+
+    Made by Media and, for a message that arrives, by Store.spool; its methods block.
+    """
+
+    def __init__(self, media: Media) -> None:
+        self.media = media
+        self.path = ""
+        self.handle = -1
+        self.size = 0
+        self.hash = ""                  # known once finish() has run
+        self.head = b""                 # the header block, for a message
+        self.sum = hashlib.sha256()
+        self.lock = threading.Lock()    # a session may end while its bytes are being written
+        self.dropped = False
+
+    def write(self, data: bytes) -> None:
+        """Add data. Raises OSError."""
+        with self.lock:
+            if not self.dropped:
+                self.append(data)
+
+    def append(self, data: bytes) -> None:
+        """Add data; the lock is held."""
+        if self.handle < 0:
+            self.path = os.path.join(self.media.temporary, secrets.token_hex(12))
+            self.handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        if not self.size:
+            self.head = data[:header_length(data[:SPOOL_SIZE])]
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self.handle, view):]
+        self.sum.update(data)
+        self.size += len(data)
+
+    def finish(self) -> str:
+        """Make the file durable under its hash; return the hash."""
+        with self.lock:
+            if self.dropped:
+                raise OSError(errno.ECANCELED, "the session has ended")
+            self.publish()
+        self.discard()
+        return self.hash
+
+    def publish(self) -> None:
+        """Give the file its name for good; the lock is held."""
+        if self.handle < 0:
+            self.append(b"")
+        name = self.sum.hexdigest()[:self.media.digits]
+        target = self.media.path(name)
+        os.fsync(self.handle)
+        folder = os.path.dirname(target)
+        made = not os.path.isdir(folder)
+        while True:
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            try:
+                os.rename(self.path, target)
+                break
+            except FileNotFoundError:       # the folder was empty and went away
+                if not os.path.exists(self.path):
+                    raise
+        self.path = ""
+        for _ in range(4 if made else 1):
+            sync_folder(folder)
+            folder = os.path.dirname(folder)
+        self.hash = name
+
+    def discard(self) -> None:
+        """Close the file, and remove it unless it was finished. May be called twice."""
+        with self.lock:
+            self.dropped = True
+            if self.handle >= 0:
+                os.close(self.handle)
+                self.handle = -1
+            if self.path:
+                os.unlink(self.path)
+                self.path = ""
+
+
+def sync_folder(path: str) -> None:
+    """Make the names in a folder durable."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class Kept:
+    """The raw bytes of a stored message as a Source: trace fields, kept text, holes filled.
+
+    Made by Store.raw. It holds no file open; when the message is digested meanwhile, and its
+    file gone, it reads the row again.
+    """
+
+    def __init__(self, store: "Store", ident: int) -> None:
+        self.store = store
+        self.ident = ident
+        self.starts: List[int] = []          # where each piece begins, and how to read it
+        self.pieces: List[Callable[[int, int], bytes]] = []
+        self.size = 0
+        self.load()
+
+    def load(self) -> None:
+        """Read the row and lay out the pieces. Raises KeyError if there is none."""
+        media = self.store.media
+        for attempt in (1, 2, 3):
+            row = self.store.read_one("SELECT trace, raw, file, holes FROM content WHERE id = ?",
+                                      (self.ident,))
+            if row is None:
+                raise KeyError(self.ident)
+            trace, raw, file, holes = row
+            try:
+                kept = Source.of(raw) if file is None else media.source(file)
+                break
+            except FileNotFoundError:       # digested between the two steps: the row has changed
+                if attempt == 3:
+                    raise
+        self.starts, self.pieces, self.size = [], [], 0
+        self.add(len(trace), lambda start, end: trace[start:end])
+        place = 0
+        for hole in [Hole(*values) for values in json.loads(holes or "[]")]:
+            self.add_range(kept, place, hole.offset)
+            self.add(hole.length, functools.partial(read_hole, media, hole))
+            place = hole.offset
+        self.add_range(kept, place, kept.size)
+
+    def add(self, length: int, read: Callable[[int, int], bytes]) -> None:
+        """Lay out a piece of that length."""
+        if length:
+            self.starts.append(self.size)
+            self.pieces.append(read)
+            self.size += length
+
+    def add_range(self, kept: Source, first: int, last: int) -> None:
+        """Lay out a range of the kept text as a piece."""
+        self.add(last - first, lambda start, end: kept.read(first + start, min(first + end, last)))
+
+    def read(self, start: int, end: int) -> bytes:
+        """Return a range of the message. Raises KeyError when it was deleted meanwhile."""
+        for _ in range(3):
+            try:
+                return b"".join(self.read_pieces(start, min(end, self.size)))
+            except FileNotFoundError:
+                self.load()
+        raise KeyError(self.ident)
+
+    def read_pieces(self, start: int, end: int) -> Iterator[bytes]:
+        """Yield what each piece holds of a range."""
+        index = max(0, bisect.bisect_right(self.starts, start) - 1)
+        for place, read in zip(self.starts[index:], self.pieces[index:]):
+            if place >= end:
+                return
+            following = self.starts[index + 1] if index + 1 < len(self.starts) else self.size
+            yield read(max(0, start - place), min(end, following) - place)
+            index += 1
+
+    def source(self) -> Source:
+        """Return it as a Source."""
+        return Source(self.size, self.read)
+
+
+def read_hole(media: Media, hole: Hole, start: int, end: int) -> bytes:
+    """Return a range of what a hole stands for."""
+    if not hole.line:
+        return media.read(hole.hash, start, end)
+    first = start // (hole.line + 2)                    # the line that the range begins in
+    last = -(-end // (hole.line + 2))
+    data = media.read(hole.hash, first * hole.line // 4 * 3, last * hole.line // 4 * 3)
+    text = encode_lines(data, hole.line)
+    if last * hole.line // 4 * 3 < hole.size:
+        text += b"\r\n"
+    elif hole.end:
+        text += hole.end.encode("ascii")
+    return text[start - first * (hole.line + 2):end - first * (hole.line + 2)]
+
+
+# -- Digest: reading a message once, for all who ask later --
+
+class Digester:
+    """Reads one message: fields, body tree, attachments to the media tree; made by Store."""
+
+    def __init__(self, media: Media, source: Source, trace: int) -> None:
+        self.media = media
+        self.source = source
+        self.trace = trace              # bytes of trace fields on top; they are never in a hole
+        self.attachments: List[Tuple[str, str, str, int]] = []
+        self.holes: List[Tuple[int, int, Hole]] = []
+        self.text_left = MAX_TREE_TEXT
+
+    def run(self) -> Digest:
+        """Return the digest. What cannot be read is in its `error`."""
+        try:
+            root = read_structure(self.source)
+            fields, body = json_text(readable_fields(root.fields)), json_text(self.item(root))
+        except ParseError as error:
+            return Digest(json_text(self.fields_at_least()), "null", str(error))
+        digest = Digest(fields, body, "", tuple(self.attachments))
+        return self.with_holes(digest) if self.holes else digest
+
+    def fields_at_least(self) -> List[Tuple[str, str]]:
+        """Return the first fields of a message that is over a bound."""
+        data = self.source.read(0, MAX_HEADER_BYTES)
+        found = itertools.islice(FIELD.finditer(data[:header_length(data)]), MAX_HEADER_FIELDS)
+        block = b"\n".join(match.group().rstrip() for match in found)
+        return readable_fields(parse_fields(block))
+
+    def item(self, part: Part) -> Dict[str, Any]:
+        """Return the body tree of a part."""
+        if part.mime.startswith("multipart/") and part.children:
+            return {"type": part.subtype, "items": [self.item(child) for child in part.children]}
+        if part.mime == "message/rfc822" and part.children:
+            inner = part.children[0]
+            return {"type": "message", "mime": part.mime, "filename": part_filename(part),
+                    "size": part.end - part.start, "items": [self.item(inner)],
+                    "mail_headers": first_values(readable_fields(inner.fields))}
+        if is_text(part) and part.end - part.start <= self.text_left:
+            text = decoded_text(self.source, part)
+            self.text_left -= len(text)
+            return {"type": "text", "mime": part.mime, "text": text, "size": len(text)}
+        return self.attachment(part)
+
+    def attachment(self, part: Part) -> Dict[str, Any]:
+        """Keep the decoded body of a part as a media file; return its item."""
+        name, size = self.keep_regular(part) or self.media.write(
+            decoded_windows(self.source, part))
+        mime = part.mime
+        if mime == "application/octet-stream" and part.filename:
+            mime = mimetypes.guess_type(safe_filename(part.filename))[0] or mime
+        filename = part_filename(part)
+        self.attachments.append((name, filename, mime, size))
+        item = {"type": "attachment", "hash": name, "filename": filename, "mime": mime,
+                "size": size}
+        content_id = first_field(part.fields, "content-id")
+        if content_id:
+            item["content_id"] = clean_line(content_id).strip(" <>")
+        return item
+
+    def keep_regular(self, part: Part) -> Optional[Tuple[str, int]]:
+        """Keep a large part so that it comes back to the byte, and note the hole; else None."""
+        length = part.end - part.start
+        if length < HOLE_SIZE:
+            return None
+        if part.encoding in ("", "7bit", "8bit", "binary"):
+            line, end = 0, ""
+            kept = self.media.write(self.source.windows(part.start, part.end))
+        elif part.encoding == "base64":
+            line, end = base64_line(self.source, part)
+            kept_base64 = line and self.write_regular(part, line, part.end - len(end))
+            if not kept_base64:
+                return None
+            kept = kept_base64
+        else:
+            return None
+        hole = Hole(part.start - self.trace, kept[0], kept[1], line, end)
+        if hole.length == length:
+            self.holes.append((part.start, part.end, hole))
+        return kept
+
+    def write_regular(self, part: Part, line: int, end: int) -> Optional[Tuple[str, int]]:
+        """Write the decoded bytes of a base64 body; None as soon as it is not regular."""
+        step = (line + 2) * max(1, WINDOW // (line + 2))
+        spool = Spool(self.media)
+        try:
+            for place in range(part.start, end, step):
+                data = self.source.read(place, min(place + step, end))
+                decoded = decode_base64(data)
+                if not is_regular(data, line, decoded):
+                    return None
+                spool.write(decoded)
+            return spool.finish(), spool.size
+        finally:
+            spool.discard()
+
+    def with_holes(self, digest: Digest) -> Digest:
+        """Return the digest with the text that is left around the holes."""
+        pieces, holes, place, gone = [], [], self.trace, 0
+        for start, end, hole in sorted(self.holes):
+            pieces.append((place, start))
+            holes.append(hole._replace(offset=hole.offset - gone))
+            gone += end - start
+            place = end
+        pieces.append((place, self.source.size))
+        if sum(end - start for start, end in pieces) > SPOOL_SIZE:
+            file, _ = self.media.write(itertools.chain.from_iterable(
+                self.source.windows(start, end) for start, end in pieces))
+            return digest._replace(file=file, holes=tuple(holes))
+        kept = b"".join(self.source.read(start, end) for start, end in pieces)
+        return digest._replace(kept=kept, holes=tuple(holes))
+
+
+def json_text(value: Any) -> str:
+    """Return a value as JSON; a lone surrogate, which no text may hold, becomes `?`."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def readable_fields(fields: Sequence[Tuple[str, str]]) -> List[Tuple[str, str]]:
+    """Return fields with their encoded words decoded."""
+    return [(name, decode_words(value).replace("\0", "\ufffd")) for name, value in fields]
+
+
+def first_values(fields: Iterable[Sequence[str]]) -> Dict[str, str]:
+    """Return each field's first value by its name; case makes no second name."""
+    values: Dict[str, str] = {}
+    spelled: Dict[str, str] = {}
+    for name, value in fields:
+        values.setdefault(spelled.setdefault(name.lower(), name), value)
+    return values
+
+
+# -- The store itself --
+
+class Incoming(NamedTuple):
+    """A message to keep. `content` is the bytes as received, or a finished Spool."""
+    envelope: Envelope
+    trace: bytes
+    subject: str
+    content: Union[bytes, Spool]
+
+
+Done = Callable[[Any, Optional[BaseException]], None]    # done(result, error), on any thread
+
+
+class Job(NamedTuple):
+    """One change: a message to add, or a function of the connection; `done` hears of it."""
+    work: Union[Incoming, Callable[[sqlite3.Connection], Any]]
+    done: Done
+
+
+class Store:
+    """The database and the media tree. Every method but add() may block.
+
+    Made by Server; `listen` functions are called, on the writer's thread, after each commit that
+    changed what lists show.
+    """
+
+    def __init__(self, db_path: str, media_path: str, hash_bytes: int = 24,
+                 now: Callable[[], float] = time.time) -> None:
+        self.db_path = db_path
+        self.now = now
+        self.lock_file = lock_database(db_path)
+        try:
+            self.media = Media(media_path, hash_bytes)
+            self.db = self.open_writer()
+        except OSError as error:
+            self.lock_file.close()
+            raise SettingsError(f"--media_path {media_path}: {reason(error)}") from None
+        except BaseException:
+            self.lock_file.close()
+            raise
+        self.listeners: List[Callable[[], None]] = []
+        self.version = 0                 # grows with each change that lists show
+        self.figures: Dict[str, float] = collections.defaultdict(float)   # the writer's own
+        self.epoch = 0                   # counts remembered before the last removal are void
+        self.count_cache: "collections.OrderedDict[Filter, Tuple[int, int, int]]" = (
+            collections.OrderedDict())   # at most COUNT_CACHE
+        self.count_lock = threading.Lock()
+        self.load_state()
+        self.started = now()
+        self.local = threading.local()
+        self.readers: List[sqlite3.Connection] = []
+        self.jobs: "queue.SimpleQueue[Optional[Job]]" = queue.SimpleQueue()   # one a connection
+        self.wanted = threading.Event()  # there is something to digest or to index
+        self.wanted.set()
+        self.closing = False
+        self.wal_checked = 0.0
+        self.threads = [threading.Thread(target=self.run_writer, name="writer"),
+                        threading.Thread(target=self.run_digester, name="digester", daemon=True)]
+        for thread in self.threads:
+            thread.start()
+
+    def open_writer(self) -> sqlite3.Connection:
+        """Open the database for writing and bring its tables up to date."""
+        create_private(self.db_path)
+        try:
+            db = sqlite3.connect(self.db_path, isolation_level=None, check_same_thread=False,
+                                 cached_statements=4 * MAX_BATCH, timeout=5)
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = FULL")
+            db.execute("PRAGMA wal_autocheckpoint = 2000")
+            db.execute(f"PRAGMA journal_size_limit = {MAX_WAL}")
+            db.create_function("fold", 1, fold, deterministic=True)
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+        except sqlite3.Error as error:
+            raise SettingsError(f"--db_path {self.db_path}: {error}; is it a pegmail database on "
+                                "a local disk?") from None
+        if version > SCHEMA:
+            raise SettingsError(f"--db_path {self.db_path}: was made by a newer pegmail (schema "
+                                f"{version}, this one knows {SCHEMA}); use that one")
+        try:
+            for number_, script in enumerate(MIGRATIONS[version:], version + 1):
+                db.executescript(f"BEGIN;{script}PRAGMA user_version = {number_};COMMIT;")
+        except sqlite3.Error as error:
+            raise SettingsError(f"--db_path {self.db_path}: cannot make the tables: "
+                                f"{error}") from None
+        try:
+            db.execute(SEARCH_TABLE)
+            self.has_index = True
+        except sqlite3.OperationalError:        # SQLite before 3.34 or without FTS5: LIKE serves
+            self.has_index = False
+        return db
+
+    def load_state(self) -> None:
+        """Read what the writer keeps in memory: the last id and time, and the counts."""
+        def one(sql: str) -> Any:
+            row = self.db.execute(sql).fetchone()
+            return row[0] if row and row[0] is not None else 0
+        self.last_id = max(one("SELECT max(id) FROM message"),
+                           one("SELECT value FROM meta WHERE name = 'last_id'"))
+        self.first_id = one("SELECT min(id) FROM message")
+        self.last_time = one("SELECT max(received) FROM message")
+        self.read_count = one("SELECT count(*) FROM message WHERE is_read = 1")
+        self.total = self.read_count + one("SELECT count(*) FROM message WHERE is_read = 0")
+        self.indexed = one("SELECT rowid FROM search ORDER BY rowid DESC LIMIT 1"
+                           ) if self.has_index else 0
+
+    def close(self) -> None:
+        """Finish every job that waits and close the database."""
+        self.closing = True
+        self.wanted.set()
+        self.threads[1].join(10)
+        self.jobs.put(None)
+        self.threads[0].join()
+        for db in self.readers:
+            db.close()
+        self.db.close()
+        self.lock_file.close()
+
+    # -- Writing --
+
+    def add(self, incoming: Incoming, done: Done) -> None:
+        """Keep a message; done(id, None) once it is on the disk, or done(None, StoreError)."""
+        self.jobs.put(Job(incoming, done))
+
+    def spool(self) -> Spool:
+        """Return a file for the content of a large message."""
+        return Spool(self.media)
+
+    def change(self, work: Callable[[sqlite3.Connection], Any]) -> Any:
+        """Have the writer run work(connection) as one job; return its result once committed."""
+        future: "Future[Any]" = Future()
+
+        def done(result: Any, error: Optional[BaseException]) -> None:
+            if error is None:
+                future.set_result(result)
+            else:
+                future.set_exception(error)
+        self.jobs.put(Job(work, done))
+        return future.result()
+
+    def run_writer(self) -> None:
+        """Commit batches of jobs until None comes."""
+        running = True
+        while running:
+            batch = [self.jobs.get()]
+            with contextlib.suppress(queue.Empty):
+                while len(batch) < MAX_BATCH:
+                    batch.append(self.jobs.get_nowait())
+            running = None not in batch
+            jobs = [job for job in batch if job is not None]
+            if jobs:
+                self.commit(jobs)
+                self.bound_wal()
+
+    def commit(self, jobs: List[Job]) -> None:
+        """Run jobs in one transaction; if that fails, each in its own."""
+        begun = time.perf_counter()
+        state = (self.last_id, self.first_id, self.last_time, self.total, self.read_count)
+        try:
+            self.db.execute("BEGIN IMMEDIATE")
+            results = self.perform(jobs)
+            self.db.execute("COMMIT")
+        except Exception as error:      # a border: the job's caller hears of it
+            self.last_id, self.first_id, self.last_time, self.total, self.read_count = state
+            self.roll_back()
+            if len(jobs) > 1:
+                for job in jobs:
+                    self.commit([job])
+            else:
+                self.fail(jobs[0], error)
+            return
+        self.figures["commits"] += 1
+        self.figures["jobs"] += len(jobs)
+        self.figures["commit_seconds"] += time.perf_counter() - begun
+        if self.total != state[3] or self.read_count != state[4]:
+            self.tell()
+        for job, result in zip(jobs, results):
+            job.done(result, None)
+
+    def fail(self, job: Job, error: Exception) -> None:
+        """Tell the caller of a job that it failed, and free the file it had brought."""
+        if isinstance(job.work, Incoming) and isinstance(job.work.content, Spool):
+            unused = functools.partial(self.remove_unused, [job.work.content.hash])
+            self.jobs.put(Job(unused, lambda result, error: None))
+        known = isinstance(error, (sqlite3.Error, OSError))
+        job.done(None, store_error(error) if known else error)
+
+    def perform(self, jobs: List[Job]) -> List[Any]:
+        """Run jobs inside the open transaction; return their results in order."""
+        incoming = [job.work for job in jobs if isinstance(job.work, Incoming)]
+        ids = iter(self.insert(incoming) if incoming else ())
+        return [next(ids) if isinstance(job.work, Incoming) else job.work(self.db)
+                for job in jobs]
+
+    def insert(self, incoming: Sequence[Incoming]) -> Iterable[int]:
+        """Insert messages with one statement a table, and return their ids."""
+        self.last_time = max(self.last_time, int(self.now() * 1000))
+        first = self.last_id + 1
+        rows: List[Any] = []
+        contents: List[Any] = []
+        for ident, (envelope, trace, subject, content) in enumerate(incoming, first):
+            if isinstance(content, Spool):
+                if not self.media.has(content.hash):
+                    raise StoreError("its file was removed as a message like it went away")
+                length, raw, file = content.size, None, content.hash
+            else:
+                length, raw, file = len(content), content, None
+            rows += (ident, self.last_time, envelope.sender, "\n".join(envelope.recipients),
+                     subject, len(trace) + length)
+            contents += (ident, envelope.peer, trace, raw, file)
+        count = len(incoming)
+        self.db.execute("INSERT INTO message (id, received, sender, recipients, subject, size) "
+                        "VALUES (?,?,?,?,?,?)" + ",(?,?,?,?,?,?)" * (count - 1), rows)
+        self.db.execute("INSERT INTO content (id, peer, trace, raw, file) VALUES (?,?,?,?,?)"
+                        + ",(?,?,?,?,?)" * (count - 1), contents)
+        self.first_id = self.first_id or first
+        self.last_id += count
+        self.total += count
+        return range(first, first + count)
+
+    def roll_back(self) -> None:
+        """Leave a failed transaction; if even that fails, open the database anew."""
+        try:
+            if self.db.in_transaction:
+                self.db.execute("ROLLBACK")
+        except sqlite3.Error:
+            self.db.close()
+            try:
+                self.db = self.open_writer()
+            except SettingsError as error:
+                log.error("store: %s", error)
+
+    def tell(self) -> None:
+        """Let the digester and all who listen know of a change."""
+        self.version += 1
+        self.wanted.set()
+        for listener in self.listeners:
+            listener()
+
+    def bound_wal(self) -> None:
+        """Empty the write-ahead log when it has grown and a second has passed."""
+        if time.monotonic() - self.wal_checked < 1:
+            return
+        self.wal_checked = time.monotonic()
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.getsize(self.db_path + "-wal") < MAX_WAL * 2:
+                return
+            self.db.execute("PRAGMA busy_timeout = 250")
+            busy = self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+            self.db.execute("PRAGMA busy_timeout = 5000")
+            if busy:
+                self.wal_checked += 10
+                log.warning("store: the write-ahead log is large and another program holds a "
+                            "snapshot of %s; end its transaction", self.db_path)
+
+    # -- Reading --
+
+    def reader(self) -> sqlite3.Connection:
+        """Return this thread's own connection, which cannot write."""
+        db = getattr(self.local, "db", None)
+        if db is None:
+            uri = "file:" + urllib.parse.quote(os.path.abspath(self.db_path)) + "?mode=ro"
+            db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False,
+                                 timeout=5)
+            db.execute("PRAGMA query_only = 1")
+            db.execute("PRAGMA cache_size = -1000")
+            db.create_function("fold", 1, fold, deterministic=True)
+            self.local.db = db
+            self.readers.append(db)
+        return db
+
+    def read_rows(self, sql: str, values: Sequence[Any] = ()) -> List[Any]:
+        """Return all rows of a query; the snapshot ends with it."""
+        try:
+            return self.reader().execute(sql, values).fetchall()
+        except sqlite3.Error as error:
+            raise store_error(error) from error
+
+    def read_one(self, sql: str, values: Sequence[Any] = ()) -> Optional[Any]:
+        """Return the first row of a query, or None."""
+        rows = self.read_rows(sql, values)
+        return rows[0] if rows else None
+
+    def find(self, ident: int) -> Optional[Message]:
+        """Return a message by its id, or None."""
+        row = self.read_one(f"SELECT {MESSAGE} FROM message AS m WHERE id = ?", (ident,))
+        return Message(*row) if row else None
+
+    def page(self, wanted: Filter, limit: int, offset: int = 0, reverse: bool = False,
+             ) -> List[Message]:
+        """Return up to limit messages that match, by id, newest first if reverse."""
+        found: List[Any] = []
+        for low, high, words in self.ranges(wanted)[::-1 if reverse else 1]:
+            if len(found) >= limit:
+                break
+            sql, values = self.condition(wanted, low, high, words)
+            order = "DESC" if reverse else "ASC"
+            found += self.read_rows(
+                f"SELECT {MESSAGE} FROM message AS m {sql} ORDER BY "
+                f"{'search.rowid' if words else 'm.id'} {order} LIMIT ? OFFSET ?",
+                (*values, limit - len(found), offset))
+            if offset and not found:
+                offset -= min(offset, self.count_range(wanted, low, high, words))
+            else:
+                offset = 0
+        return [Message(*row) for row in found]
+
+    def count(self, wanted: Filter) -> int:
+        """Return how many messages match; counts of filters asked for again are carried on."""
+        start = self.first_after(wanted)
+        plain = wanted._replace(after=0, since=0)
+        if plain == Filter() and (start <= self.first_id or self.is_dense()):
+            return max(0, min(self.total, self.last_id - start + 1))
+        if plain._replace(is_read=None) == Filter() and start <= self.first_id:
+            return self.read_count if plain.is_read else self.total - self.read_count
+        with self.count_lock:
+            epoch, known, upto = self.count_cache.get(wanted, (-1, 0, 0))
+        last, now = self.last_id, self.epoch
+        if epoch != now:
+            known, upto = 0, 0
+        for low, high, words in self.ranges(wanted):
+            low, high = max(low, upto + 1), min(high, last)
+            if low <= high:
+                known += self.count_range(wanted, low, high, words)
+        with self.count_lock:
+            self.count_cache[wanted] = (now, known, last)
+            self.count_cache.move_to_end(wanted)
+            if len(self.count_cache) > COUNT_CACHE:
+                self.count_cache.popitem(last=False)
+        return known
+
+    def is_dense(self) -> bool:
+        """Has no id gone from between the first and the last?"""
+        return self.last_id - self.first_id + 1 == self.total
+
+    def count_range(self, wanted: Filter, low: int, high: int, words: str) -> int:
+        """Count what matches in a range of ids."""
+        sql, values = self.condition(wanted, low, high, words)
+        row = self.read_one(f"SELECT count(*) FROM message AS m {sql}"
+                            if not words or wanted.is_read is not None else
+                            "SELECT count(*) FROM search WHERE search MATCH ? AND "
+                            "rowid BETWEEN ? AND ?", values)
+        return row[0] if row else 0
+
+    def first_after(self, wanted: Filter) -> int:
+        """Return the least id that `after` and `since` let through."""
+        start = wanted.after + 1
+        if wanted.since:
+            row = self.read_one("SELECT id FROM message WHERE received >= ? "
+                                "ORDER BY received, id LIMIT 1", (wanted.since,))
+            start = max(start, row[0] if row else self.last_id + 1)
+        return start
+
+    def ranges(self, wanted: Filter) -> List[Tuple[int, int, str]]:
+        """Return the ranges of ids to look through: (low, high, words for the index or "").
+
+        What is indexed is asked of the index, the newest tail that is not yet is scanned.
+        """
+        low, last = self.first_after(wanted), 1 << 62
+        words = " AND ".join(f"{column} : {quote_words(text)}"
+                             for column, text in zip(Filter._fields, wanted[:3])
+                             if len(fold(text)) >= 3)
+        if not words or not self.has_index or low > self.indexed:
+            return [(low, last, "")]
+        return [(low, self.indexed, words), (max(low, self.indexed + 1), last, "")]
+
+    def condition(self, wanted: Filter, low: int, high: int, words: str) -> Tuple[str, List[Any]]:
+        """Return the WHERE of a filter within a range of ids, and its values."""
+        if words:
+            sql = ("JOIN search ON search.rowid = m.id WHERE search MATCH ? AND search.rowid "
+                   "BETWEEN ? AND ?")
+            values: List[Any] = [words, low, high]
+        else:
+            sql, values = "WHERE m.id BETWEEN ? AND ?", [low, high]
+        for column, text in zip(Filter._fields, wanted[:3]):
+            if not text or (words and len(fold(text)) >= 3):
+                continue
+            if text.isascii():
+                sql += f" AND m.{column} LIKE ? ESCAPE '\\'"
+                values.append("%" + re.sub(r"([%_\\])", r"\\\1", text) + "%")
+            else:
+                sql += f" AND instr(fold(m.{column}), ?)"
+                values.append(fold(text))
+        if wanted.is_read is not None:
+            sql += " AND m.is_read = %d" % wanted.is_read
+        return sql, values
+
+    def raw(self, ident: int) -> Source:
+        """Return the raw message as a Source. Raises KeyError if there is none."""
+        return Kept(self, ident).source()
+
+    def peer(self, ident: int) -> str:
+        """Return the address a message came from."""
+        row = self.read_one("SELECT peer FROM content WHERE id = ?", (ident,))
+        return row[0] if row else ""
+
+    def attachment(self, name: str) -> Optional[Tuple[str, str, int]]:
+        """Return filename, type and size of an attachment by its hash, the latest name first."""
+        return self.read_one("SELECT filename, mime, size FROM attachment WHERE hash = ? "
+                             "ORDER BY message DESC LIMIT 1", (name,))
+
+    def digest(self, idents: Sequence[int]) -> Dict[int, Tuple[str, str, str]]:
+        """Return (fields, body, error) of each message, digesting those that are not yet."""
+        found = self.read_digests(idents)
+        missing = [ident for ident in idents if ident not in found]
+        if missing:
+            self.digest_now(missing)
+            found.update(self.read_digests(missing))
+        return found
+
+    def read_digests(self, idents: Sequence[int]) -> Dict[int, Tuple[str, str, str]]:
+        """Return the digests that are there."""
+        found = {}
+        for start in range(0, len(idents), 500):
+            part = idents[start:start + 500]
+            for row in self.read_rows("SELECT id, fields, body, error FROM digest WHERE id IN (%s)"
+                                      % ",".join("?" * len(part)), part):
+                found[row[0]] = row[1:]
+        return found
+
+    # -- Changing --
+
+    def set_read(self, ident: int, is_read: int) -> bool:
+        """Set the read state; return False if there is no such message."""
+        def work(db: sqlite3.Connection) -> bool:
+            row = db.execute("SELECT is_read FROM message WHERE id = ?", (ident,)).fetchone()
+            if row and row[0] != is_read:
+                db.execute("UPDATE message SET is_read = ? WHERE id = ?", (is_read, ident))
+                self.read_count += 1 if is_read else -1
+                self.epoch += 1
+            return row is not None
+        return self.change(work)
+
+    def delete(self, ident: int) -> bool:
+        """Remove a message, and the files nobody else needs; return False if there is none."""
+        def work(db: sqlite3.Connection) -> Optional[List[str]]:
+            row = db.execute(f"SELECT {MESSAGE} FROM message AS m WHERE id = ?", (ident,)).fetchone()
+            if row is None:
+                return None
+            files = [name for (name,) in db.execute(
+                "SELECT hash FROM attachment WHERE message = ? UNION "
+                "SELECT file FROM content WHERE id = ? AND file IS NOT NULL", (ident, ident))]
+            self.unindex(db, Message(*row))
+            for table, column in (("message", "id"), ("content", "id"), ("digest", "id"),
+                                  ("attachment", "message")):
+                db.execute(f"DELETE FROM {table} WHERE {column} = ?", (ident,))
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('last_id', ?)", (self.last_id,))
+            self.total -= 1
+            self.read_count -= row[5]
+            self.first_id = (db.execute("SELECT min(id) FROM message").fetchone()[0] or 0)
+            self.epoch += 1
+            return files
+        files = self.change(work)
+        self.release(files or [])
+        return files is not None
+
+    def unindex(self, db: sqlite3.Connection, message: Message) -> None:
+        """Take a message out of the index, which wants to hear again what it was given."""
+        if self.has_index and message.id <= self.indexed:
+            db.execute("INSERT INTO search (search, rowid, sender, recipients, subject) "
+                       "VALUES ('delete', ?, fold(?), fold(?), fold(?))",
+                       (message.id, message.sender, message.recipients, message.subject))
+
+    def release(self, files: Sequence[str]) -> None:
+        """Remove those of the media files that no message refers to."""
+        if files:
+            self.change(functools.partial(self.remove_unused, files))
+
+    def remove_unused(self, files: Sequence[str], db: sqlite3.Connection) -> None:
+        """Remove what nobody refers to. A job of the writer, which alone adds references."""
+        for name in files:
+            used = db.execute("SELECT 1 FROM attachment WHERE hash = ? UNION ALL "
+                              "SELECT 1 FROM content WHERE file = ? LIMIT 1", (name, name))
+            if used.fetchone() is None:
+                self.media.remove(name)
+
+    def sweep(self) -> None:
+        """Remove files of the media tree that belong to nothing and are older than this start."""
+        names = (name for name, changed in self.media.walk() if changed < self.started - 1)
+        while not self.closing:
+            batch = list(itertools.islice(names, 100))
+            if not batch:
+                return
+            self.release(batch)
+
+    # -- Digesting and indexing, in the background --
+
+    def run_digester(self) -> None:
+        """Digest and index what has come, politely: reception goes first."""
+        try:
+            self.sweep()
+        except (StoreError, OSError) as error:
+            log.error("store: the media tree was not swept: %s", error)
+        while not self.closing:
+            self.wanted.wait()
+            self.wanted.clear()
+            try:
+                while not self.closing and (self.digest_some() + self.index_some()):
+                    pass
+            except (StoreError, OSError) as error:
+                log.error("store: cannot digest, trying again: %s", error)
+                time.sleep(1)
+                self.wanted.set()
+
+    def digest_some(self) -> int:
+        """Digest the oldest messages that wait; return how many there were."""
+        rows = self.read_rows("SELECT id FROM message WHERE digested = 0 ORDER BY id LIMIT ?",
+                              (DIGEST_BATCH,))
+        begun, before = time.monotonic(), self.last_id
+        self.digest_now([ident for (ident,) in rows])
+        self.yield_to_reception(begun, before)
+        return len(rows)
+
+    def yield_to_reception(self, begun: float, before: int) -> None:
+        """Pause nine times as long as the work took if mail came in meanwhile."""
+        if self.last_id - before > 2 and not self.closing:
+            time.sleep(min(1.0, 9 * (time.monotonic() - begun)))
+
+    def digest_now(self, idents: Sequence[int]) -> None:
+        """Digest these messages and keep the digests in one transaction."""
+        found = [(ident, digest) for ident in idents
+                 for digest in [self.digest_one(ident)] if digest is not None]
+        if found:
+            replaced = self.change(functools.partial(self.save_digests, found))
+            self.release(replaced)
+
+    def digest_one(self, ident: int) -> Optional[Digest]:
+        """Digest one message; None if it is gone."""
+        try:
+            row = self.read_one("SELECT length(trace) FROM content WHERE id = ?", (ident,))
+            if row is None:
+                return None
+            return Digester(self.media, self.raw(ident), row[0]).run()
+        except KeyError:
+            return None
+        except (OSError, StoreError):
+            raise
+        except Exception as error:      # a border: the message is kept and served raw
+            log.exception("store: message %d cannot be digested", ident)
+            return Digest("[]", "null", f"cannot be read: {type(error).__name__}")
+
+    def save_digests(self, found: Sequence[Tuple[int, Digest]], db: sqlite3.Connection,
+                     ) -> List[str]:
+        """Write digests; return the files that they made needless. A job of the writer."""
+        replaced: List[str] = []
+        for ident, digest in found:
+            row = db.execute("SELECT digested, file FROM message JOIN content USING (id) "
+                             "WHERE id = ?", (ident,)).fetchone()
+            if row is None or row[0]:
+                continue
+            for name in {entry[0] for entry in digest.attachments} | {digest.file} - {None}:
+                if not self.media.has(name or ""):
+                    raise StoreError("a file went away while its message was digested")
+            db.execute("INSERT INTO digest VALUES (?, ?, ?, ?)",
+                       (ident, digest.fields, digest.body, digest.error))
+            db.executemany("INSERT INTO attachment VALUES (?, ?, ?, ?, ?, ?)",
+                           [(ident, number_, *entry)
+                            for number_, entry in enumerate(digest.attachments)])
+            db.execute("UPDATE message SET digested = 1, attachments = ? WHERE id = ?",
+                       (len(digest.attachments), ident))
+            if digest.holes:
+                db.execute("UPDATE content SET raw = ?, file = ?, holes = ? WHERE id = ?",
+                           (digest.kept, digest.file, json_text(digest.holes), ident))
+                replaced += [row[1]] if row[1] else []
+        return replaced
+
+    def index_some(self) -> int:
+        """Index the next messages; return how many there were."""
+        if not self.has_index or self.indexed >= self.last_id:
+            return 0
+        begun, before = time.monotonic(), self.last_id
+
+        def work(db: sqlite3.Connection) -> Tuple[int, int]:
+            ids = [ident for (ident,) in db.execute(
+                "SELECT id FROM message WHERE id > ? ORDER BY id LIMIT ?",
+                (self.indexed, INDEX_BATCH))]
+            if ids:
+                db.execute("INSERT INTO search (rowid, sender, recipients, subject) "
+                           "SELECT id, fold(sender), fold(recipients), fold(subject) "
+                           "FROM message WHERE id BETWEEN ? AND ?", (ids[0], ids[-1]))
+            return len(ids), ids[-1] if ids else self.last_id
+        count, self.indexed = self.change(work)
+        self.yield_to_reception(begun, before)
+        return count
+
+
+def quote_words(text: str) -> str:
+    """Return a text as a string of the index's query language."""
+    return '"' + fold(text).replace('"', '""') + '"'
+
+
+def create_private(path: str) -> None:
+    """Make a file that only its owner may read, if there is none."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    except OSError as error:
+        raise SettingsError(f"--db_path {path}: {reason(error)}; choose a place that can be "
+                            "written") from None
+
+
+def lock_database(path: str) -> Any:
+    """Take the lock that keeps a second server away from a database; return the open file."""
+    create_private(path + ".lock")
+    file = open(path + ".lock", "r+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        owner = file.read(20).strip() or "unknown"
+        file.close()
+        raise SettingsError(f"--db_path {path}: another pegmail (process {owner}) uses it; stop "
+                            "that one or choose another database") from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+# =====================================================================================
+# 5. Reactor: one thread that owns every socket, and a few that work for it
+#
+# A Stream feeds what arrives to its session and does what the session wants next. Streams read
+# only while their session wants to, so a peer's hurry is never our memory; deadlines are in a
+# heap. Knows nothing of mail.
+# =====================================================================================
+
+READ_SIZE = 64 << 10          # bytes taken from a socket in one go
+MAX_LINGER = 1 << 20          # bytes thrown away while a peer hears our last words
+LINGER_SECONDS = 2.0
+POOL_THREADS = 8
+
+READ, DRAIN, STARTTLS = "read", "drain", "starttls"   # more bytes / an empty outbox / a handshake
+
+
+class Work(NamedTuple):
+    """A session wants func(*args) to run in the pool, and its result."""
+    func: Callable[..., Any]
+    args: Tuple[Any, ...] = ()
+
+
+class Ask(NamedTuple):
+    """A session wants start(*args, done) to be called, and what done(result, error) hears."""
+    start: Callable[..., None]
+    args: Tuple[Any, ...] = ()
+
+
+Wants = Union[None, str, Work, Ask]
+Steps = Generator[Wants, Any, Any]
+
+
+class Session:
+    """The server's half of one conversation: no socket, clock or database.
+
+    Bytes go in by feed(); what is to be sent gathers in `outbox`; each step returns what is
+    wanted next, None when the conversation is over.
+    """
+
+    def __init__(self) -> None:
+        self.inbox = bytearray()
+        self.outbox = bytearray()
+        self.steps = self.run()
+        self.wants: Wants = READ
+        self.stopping = False
+
+    def run(self) -> Steps:
+        """The conversation; a generator that yields what it wants."""
+        raise NotImplementedError
+
+    def start(self) -> Wants:
+        """Begin; return what is wanted first."""
+        return self.resume()
+
+    def feed(self, data: bytes) -> Wants:
+        """Take bytes and go on; return what is wanted next."""
+        self.inbox += data
+        return self.resume() if self.wants is READ else self.wants
+
+    def resume(self, result: Any = None) -> Wants:
+        """Go on with the result of what was wanted."""
+        try:
+            self.wants = self.steps.send(result)
+        except StopIteration:
+            self.wants = None
+        return self.wants
+
+    def fail(self, error: BaseException) -> Wants:
+        """Go on with the error that came of what was wanted."""
+        try:
+            self.wants = self.steps.throw(error)
+        except StopIteration:
+            self.wants = None
+        return self.wants
+
+    def stop(self, why: str) -> Wants:
+        """End soon, for a reason of one word: "timeout", "shutdown" or "bug"."""
+        self.wants = None
+        return None
+
+    def ended(self) -> None:
+        """The connection is gone."""
+        self.steps.close()
+
+    def write(self, data: bytes) -> None:
+        """Add to what is to be sent."""
+        self.outbox += data
+
+    def read_exactly(self, count: int) -> Steps:
+        """Wait for that many bytes; return them."""
+        while len(self.inbox) < count:
+            yield READ
+        data = bytes(self.inbox[:count])
+        del self.inbox[:count]
+        return data
+
+
+class Loop:
+    """The reactor: sockets, deadlines and the pool; run() is its one thread. Made by Server."""
+
+    def __init__(self) -> None:
+        self.selector = selectors.DefaultSelector()
+        self.now = time.monotonic()
+        self.timers: List[List[Any]] = []       # a heap of [when, order, function or None]
+        self.cancelled = 0                      # timers that are None; fewer than half
+        self.order = itertools.count()
+        self.calls: "collections.deque[Tuple[Any, ...]]" = collections.deque()
+        self.asleep = False
+        self.stopped = False
+        self.buffer = memoryview(bytearray(READ_SIZE))
+        self.streams: Dict["Stream", None] = {}
+        self.pool = ThreadPoolExecutor(POOL_THREADS, "pool")  # at most one job a connection waits
+        self.waker, waker_end = socket.socketpair()
+        self.waker.setblocking(False)
+        waker_end.setblocking(False)
+        self.waker_end = waker_end
+        self.selector.register(waker_end, selectors.EVENT_READ, self.woken)
+
+    def call_soon(self, func: Callable[..., Any], *args: Any) -> None:
+        """Have func(*args) called on the loop's thread; may be called from any thread."""
+        self.calls.append((func, *args))
+        if self.asleep:
+            self.asleep = False
+            with contextlib.suppress(OSError):      # full: it is awake; closed: it is over
+                self.waker.send(b"!")
+
+    def call_later(self, seconds: float, func: Callable[[], None]) -> List[Any]:
+        """Have func() called after some seconds; return the timer. On the loop's thread only."""
+        timer = [time.monotonic() + seconds, next(self.order), func]
+        heapq.heappush(self.timers, timer)
+        return timer
+
+    def cancel(self, timer: List[Any]) -> None:
+        """Forget a timer; once half of the heap is such, it is made anew."""
+        if timer[2] is not None:
+            timer[2] = None
+            self.cancelled += 1
+            if self.cancelled > 100 + len(self.timers) // 2:
+                self.timers = [entry for entry in self.timers if entry[2] is not None]
+                heapq.heapify(self.timers)
+                self.cancelled = 0
+
+    def run_timers(self) -> None:
+        """Call what is due."""
+        while self.timers and self.timers[0][0] <= self.now:
+            timer = heapq.heappop(self.timers)
+            func, timer[2] = timer[2], None
+            if func is None:
+                self.cancelled -= 1
+            else:
+                func()
+
+    def woken(self, events: int) -> None:
+        """Take the bytes that woke the loop."""
+        with contextlib.suppress(BlockingIOError):
+            self.waker_end.recv(4096)
+
+    def run(self) -> None:
+        """Serve until stop()."""
+        while not self.stopped:
+            for key, events in self.selector.select(self.patience()):
+                key.data(events)
+            self.now = time.monotonic()
+            for _ in range(len(self.calls)):
+                func, *args = self.calls.popleft()
+                func(*args)
+            self.run_timers()
+        for stream in list(self.streams):
+            stream.close()
+        self.pool.shutdown(wait=True)
+        self.selector.close()
+        self.waker.close()
+        self.waker_end.close()
+
+    def patience(self) -> float:
+        """Return how long to wait for events, and let call_soon know that we do."""
+        self.asleep = True
+        if self.calls:
+            self.asleep = False
+            return 0
+        if self.timers:
+            return max(0.0, min(60.0, self.timers[0][0] - time.monotonic()))
+        return 60
+
+    def stop(self) -> None:
+        """Make run() return soon; from any thread."""
+        self.call_soon(setattr, self, "stopped", True)
+
+    def work(self, func: Callable[..., Any], args: Tuple[Any, ...], done: Done) -> None:
+        """Run func(*args) in the pool; done hears of it there."""
+        def job() -> None:
+            try:
+                result = func(*args)
+            except Exception as error:      # a border: whoever asked hears of it
+                done(None, error)
+            else:
+                done(result, None)
+        try:
+            self.pool.submit(job)
+        except RuntimeError as error:       # the pool is shut down
+            done(None, error)
+
+
+class Stream:
+    """One connection: a socket, its buffers and deadlines, and the session they serve.
+
+    Made by Listener for each connection; lives on the loop's thread.
+    """
+
+    __slots__ = ("loop", "sock", "session", "peer", "idle", "deadline", "last", "interest",
+                 "events", "handshaking", "eof", "lingered", "listener", "timer")
+
+    def __init__(self, listener: "Listener", sock: Any, session: Session, peer: str) -> None:
+        self.loop = listener.loop
+        self.listener = listener
+        self.sock = sock
+        self.session = session
+        self.peer = peer
+        self.idle = listener.idle
+        self.deadline = self.loop.now + self.idle
+        self.last = self.loop.now + listener.longest     # when the connection ends whatever it does
+        self.events = selectors.EVENT_READ               # what the selector watches for
+        self.interest = 0                                # what TLS needs, in place of what we want
+        self.handshaking = False
+        self.eof = False
+        self.lingered = -1                               # bytes thrown away since the last words
+        self.loop.selector.register(sock, self.events, self.ready)
+        self.loop.streams[self] = None
+        self.timer = self.loop.call_later(self.idle, self.check_deadline)
+
+    def begin(self) -> None:
+        """Let the session speak first."""
+        self.guard(self.session.start)
+
+    def ready(self, events: int) -> None:
+        """Do what the socket is ready for."""
+        if self.handshaking:
+            self.handshake()
+        elif self.lingered >= 0:
+            self.discard()
+        else:
+            if events & selectors.EVENT_WRITE or self.interest == selectors.EVENT_READ:
+                self.flush()
+            if self.sock and (events & selectors.EVENT_READ or
+                              self.interest == selectors.EVENT_WRITE):
+                self.receive()
+
+    def receive(self) -> None:
+        """Take what has arrived, if the session wants it."""
+        if self.session.wants is not READ:
+            self.watch(self.events & ~selectors.EVENT_READ)
+            return
+        try:
+            count = self.sock.recv_into(self.loop.buffer)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return
+        except ssl.SSLWantWriteError:       # TLS 1.2 renegotiation and TLS 1.3 key updates
+            self.interest = selectors.EVENT_WRITE
+            self.watch(selectors.EVENT_WRITE)
+            return
+        except (OSError, ValueError):
+            self.close()
+            return
+        self.interest = 0
+        if count == 0:
+            self.eof = True
+            self.finish()
+            return
+        self.deadline = self.loop.now + self.idle
+        self.guard(self.session.feed, self.loop.buffer[:count])
+
+    def guard(self, step: Callable[..., Wants], *args: Any) -> None:
+        """Take a step of the session and do what it wants; a bug ends it and is logged once."""
+        try:
+            wants = step(*args)
+        except Exception:           # a border: the connection ends, the server lives
+            log.exception("bug in the conversation with %s", self.peer)
+            wants = self.session.stop("bug")
+        self.obey(wants)
+
+    def obey(self, wants: Wants) -> None:
+        """Do what the session wants."""
+        if self.session.outbox:
+            self.flush()
+            if not self.sock:
+                return
+        if wants is READ:
+            if self.eof:
+                self.finish()
+                return
+            if not self.events & selectors.EVENT_READ:
+                self.watch(self.events | selectors.EVENT_READ)
+            if isinstance(self.sock, ssl.SSLSocket) and self.sock.pending():
+                self.loop.call_soon(self.read_pending)
+        elif isinstance(wants, Ask):
+            self.call(wants.start, *wants.args, self.later)
+        elif isinstance(wants, Work):
+            self.loop.work(wants.func, wants.args, self.later)
+        elif not self.session.outbox:
+            self.drained()
+
+    def call(self, start: Callable[..., None], *args: Any) -> None:
+        """Call what may fail at once; its error is the result."""
+        try:
+            start(*args)
+        except Exception as error:      # a border: the session decides what it means
+            self.later(None, error)
+
+    def later(self, result: Any, error: Optional[BaseException]) -> None:
+        """Go on with a result; from any thread."""
+        self.loop.call_soon(self.proceed, result, error)
+
+    def proceed(self, result: Any = None, error: Optional[BaseException] = None) -> None:
+        """Go on with the result of what the session wanted."""
+        if not self.sock:
+            return
+        self.deadline = self.loop.now + self.idle
+        if error is None:
+            self.guard(self.session.resume, result)
+        else:
+            self.guard(self.session.fail, error)
+
+    def read_pending(self) -> None:
+        """Read what TLS has decrypted already, of which the selector knows nothing."""
+        if self.sock and self.session.wants is READ:
+            self.receive()
+
+    def flush(self) -> None:
+        """Send as much of the outbox as the socket takes."""
+        outbox = self.session.outbox
+        try:
+            sent = self.sock.send(outbox) if outbox else 0
+        except (BlockingIOError, ssl.SSLWantWriteError):
+            sent = 0
+        except ssl.SSLWantReadError:
+            self.interest = selectors.EVENT_READ
+            return
+        except (OSError, ValueError):
+            self.close()
+            return
+        if sent:
+            self.deadline = self.loop.now + self.idle
+            del outbox[:sent]
+        self.interest = 0
+        if outbox:
+            self.watch(self.events | selectors.EVENT_WRITE)
+        elif self.events & selectors.EVENT_WRITE:
+            self.watch(self.events & ~selectors.EVENT_WRITE)
+            self.drained()
+
+    def drained(self) -> None:
+        """Do what had to wait until the outbox was empty."""
+        wants = self.session.wants
+        if wants is None:
+            self.finish()
+        elif wants is DRAIN:
+            self.loop.call_soon(self.proceed)       # after the others have had their turn
+        elif wants is STARTTLS:
+            self.start_tls()
+
+    def start_tls(self) -> None:
+        """Begin the handshake (the server's side)."""
+        context = self.listener.tls()
+        self.sock = context.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False,
+                                        suppress_ragged_eofs=True)
+        self.handshaking = True
+        self.handshake()
+
+    def handshake(self) -> None:
+        """Take the next step of the handshake."""
+        try:
+            self.sock.do_handshake()
+        except ssl.SSLWantReadError:
+            self.watch(selectors.EVENT_READ)
+        except ssl.SSLWantWriteError:
+            self.watch(selectors.EVENT_WRITE)
+        except (OSError, ValueError) as error:
+            log.info("%s TLS handshake failed: %s", self.peer, clean_line(reason(error), 200))
+            self.close()
+        else:
+            self.handshaking = False
+            self.watch(selectors.EVENT_READ)
+            version, (cipher, _, bits) = self.sock.version(), self.sock.cipher()
+            self.proceed(f"{version} cipher {cipher} bits {bits}")
+
+    def watch(self, events: int) -> None:
+        """Tell the selector what to watch for."""
+        if events == self.events or not self.sock:
+            return
+        if not self.events:
+            self.loop.selector.register(self.sock, events, self.ready)
+        elif not events:
+            self.loop.selector.unregister(self.sock)
+        else:
+            self.loop.selector.modify(self.sock, events, self.ready)
+        self.events = events
+
+    def check_deadline(self) -> None:
+        """End what has been silent or has lasted too long; else look again at the deadline."""
+        if not self.sock:
+            return
+        waiting = isinstance(self.session.wants, (Work, Ask))
+        if waiting and self.loop.now >= self.deadline:
+            self.deadline = self.loop.now + self.idle       # the delay is ours, not the peer's
+        when = min(self.deadline, max(self.last, self.loop.now + 1) if waiting else self.last)
+        if self.loop.now < when:
+            self.timer = self.loop.call_later(when - self.loop.now, self.check_deadline)
+        elif self.session.outbox or self.handshaking or self.lingered >= 0:
+            self.close()                                    # it does not even read
+        else:
+            self.stop("timeout")
+
+    def stop(self, why: str) -> None:
+        """Have the session say its last words."""
+        if self.sock and self.lingered < 0 and not self.handshaking:
+            self.guard(self.session.stop, why)
+
+    def finish(self) -> None:
+        """Close once the peer has read our last words, or a moment has passed.
+
+        Closing at once would, where the peer's bytes wait unread, reset the connection and take
+        the words away.
+        """
+        if self.session.wants is not None and isinstance(self.session.wants, (Work, Ask)):
+            return                      # the answer is still to come
+        self.session.ended()
+        if self.eof or not self.sock:
+            self.close()
+            return
+        self.session.wants = None
+        self.lingered = 0
+        with contextlib.suppress(OSError, ValueError):
+            if isinstance(self.sock, ssl.SSLSocket):
+                self.sock.unwrap()
+        with contextlib.suppress(OSError, ValueError):
+            self.sock.shutdown(socket.SHUT_WR)
+        self.watch(selectors.EVENT_READ)
+        self.loop.cancel(self.timer)
+        self.timer = self.loop.call_later(LINGER_SECONDS, self.close)
+
+    def discard(self) -> None:
+        """Throw away what the peer still sends."""
+        try:
+            count = self.sock.recv_into(self.loop.buffer)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return
+        except (OSError, ValueError):
+            count = 0
+        self.lingered += count
+        if not count or self.lingered > MAX_LINGER:
+            self.close()
+
+    def close(self) -> None:
+        """Close the socket. May be called twice."""
+        if not self.sock:
+            return
+        self.loop.cancel(self.timer)
+        self.watch(0)
+        self.sock.close()
+        self.sock = None
+        del self.loop.streams[self]
+        self.session.ended()
+        self.listener.closed(self)
+
+
+class Listener:
+    """A listening socket: accepts within the limits and makes a session for each connection.
+
+    Made by Server. `make_session(peer)` returns the session, `refuse` the bytes for one too many.
+    """
+
+    def __init__(self, loop: Loop, sock: socket.socket, make_session: Callable[[str], Session],
+                 refuse: bytes, idle: float, longest: float, limits: "Limits",
+                 tls: Callable[[], ssl.SSLContext]) -> None:
+        self.loop = loop
+        self.sock = sock
+        self.make_session = make_session
+        self.refuse = refuse
+        self.idle = idle
+        self.longest = longest
+        self.limits = limits
+        self.tls = tls
+        sock.setblocking(False)
+        loop.call_soon(self.watch)
+
+    def watch(self) -> None:
+        """Begin to accept."""
+        if self.sock.fileno() >= 0 and not self.loop.stopped:
+            self.loop.selector.register(self.sock, selectors.EVENT_READ, self.accept)
+
+    def accept(self, events: int) -> None:
+        """Accept what waits, a few at a time so that others have their turn."""
+        for _ in range(32):
+            try:
+                sock, address = self.sock.accept()
+            except (BlockingIOError, ConnectionAbortedError, InterruptedError):
+                return
+            except OSError as error:        # out of descriptors: let some connections end first
+                log.error("cannot accept connections for a second: %s", reason(error))
+                self.loop.selector.unregister(self.sock)
+                self.loop.call_later(1, self.watch)
+                return
+            self.open(sock, peer_address(address))
+
+    def open(self, sock: socket.socket, peer: str) -> None:
+        """Make the stream of a new connection, or turn it away."""
+        sock.setblocking(False)
+        why = self.limits.take(peer)
+        if why:
+            log.warning("%s turned away: %s", peer, why)
+            with contextlib.suppress(OSError):
+                sock.send(self.refuse)
+            sock.close()
+            return
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        Stream(self, sock, self.make_session(peer), peer).begin()
+
+    def closed(self, stream: Stream) -> None:
+        """A connection of this listener has ended."""
+        self.limits.give_back(stream.peer)
+
+    def close(self) -> None:
+        """Accept no more."""
+        with contextlib.suppress(KeyError, ValueError):
+            self.loop.selector.unregister(self.sock)
+        self.sock.close()
+
+
+def peer_address(address: Any) -> str:
+    """Return the address in what accept() gave; a Unix socket's peer is this host."""
+    if not isinstance(address, tuple):
+        return "127.0.0.1"
+    text = address[0].partition("%")[0]
+    return text[7:] if text.startswith("::ffff:") and "." in text else text
+
+
+class Limits:
+    """Counts connections, in total and per peer; shared by listeners of one kind."""
+
+    def __init__(self, total: int, per_peer: int, exempt: Callable[[str], bool]) -> None:
+        self.total = total
+        self.per_peer = per_peer
+        self.exempt = exempt            # proxies speak for many
+        self.peers: Dict[str, int] = {}
+        self.count = 0
+        self.refused = 0
+
+    def take(self, peer: str) -> str:
+        """Count a connection in and return nothing, or say why it is one too many."""
+        if self.count >= self.total:
+            self.refused += 1
+            return f"{self.count} connections are open (--max_connections)"
+        if self.peers.get(peer, 0) >= self.per_peer and not self.exempt(peer):
+            self.refused += 1
+            return f"it has {self.per_peer} connections open (--max_connections_per_peer)"
+        self.count += 1
+        self.peers[peer] = self.peers.get(peer, 0) + 1
+        return ""
+
+    def give_back(self, peer: str) -> None:
+        """Count a connection out."""
+        self.count -= 1
+        self.peers[peer] -= 1
+        if not self.peers[peer]:
+            del self.peers[peer]
+
+
+# =====================================================================================
+# 6. Sessions: the protocols, without sockets
+#
+# SMTP: RFC 5321, 1870 (SIZE), 2034 and 5248 (status codes), 2920 (PIPELINING), 3030 (CHUNKING),
+# 3207 (STARTTLS), 6152 (8BITMIME), 6531 (SMTPUTF8), 9422 (LIMITS); LMTP: RFC 2033.
+# A reply is a value, returned or raised; only run() writes it. A session knows the world by its
+# `app`, which Delivery makes: settings, refuse_recipient, spool, keep, note.
+# =====================================================================================
+
+MAX_COMMAND = 2048            # RFC 5321 4.5.3.1.4 wants 512 and more with extensions
+MAX_JUNK = 1 << 16            # bytes of one overlong line that are read to its end
+MAX_REPLIES = 8 << 10         # bytes of replies gathered before others have their turn
+MAX_FIELDS_KEPT = 10000       # lines in a header block; more is an attack, not mail
+MAX_PROXY_HEADER = 2048       # the PROXY protocol allows more, for extensions nobody sends
+
+
+class SMTPError(Exception):
+    """A refusal: the reply to send, and the cause for the log if there is more to say."""
+
+    def __init__(self, code: int, status: str, text: str, cause: Optional[BaseException] = None,
+                 ) -> None:
+        super().__init__(text)
+        self.reply = Reply(code, status, text)
+        self.cause = cause
+
+
+class Goodbye(SMTPError):
+    """A refusal that ends the connection."""
+
+
+class Command(NamedTuple):
+    """A row of SMTP_COMMANDS: its method, how it is written, and what must be true before."""
+    func: Callable[..., Any]
+    syntax: str
+    needs: Tuple[Callable[["SMTPSession"], None], ...]
+
+
+SMTP_COMMANDS: Dict[str, Command] = {}
+
+
+def smtp(syntax: str, needs: Sequence[Callable[["SMTPSession"], None]] = ()) -> Any:
+    """Enter a method into SMTP_COMMANDS under the verb in its name."""
+    def enter(func: Callable[..., Any]) -> Callable[..., Any]:
+        SMTP_COMMANDS[func.__name__[3:]] = Command(func, syntax, tuple(needs))
+        return func
+    return enter
+
+
+# -- Guards: what must be true before a command --
+
+def greeted(session: "SMTPSession") -> None:
+    """The client has said who it is (RFC 5321 4.1.4)."""
+    if not session.helo:
+        raise SMTPError(503, "5.5.1", f"Send {session.hello} first")
+
+
+def no_sender(session: "SMTPSession") -> None:
+    """No transaction is open."""
+    if session.sender is not None:
+        raise SMTPError(503, "5.5.1", "A transaction is open already, send RSET to drop it")
+
+
+def has_sender(session: "SMTPSession") -> None:
+    """A transaction is open."""
+    if session.sender is None:
+        raise SMTPError(503, "5.5.1", "Send MAIL FROM first")
+
+
+def has_recipients(session: "SMTPSession") -> None:
+    """Somebody is to get the message."""
+    has_sender(session)
+    if not session.recipients:
+        raise SMTPError(503, "5.5.1", "Send RCPT TO first, none was accepted so far")
+
+
+def safe_enough(session: "SMTPSession") -> None:
+    """TLS has begun, where it has to (RFC 3207 4)."""
+    if session.tls_required and not session.tls:
+        raise SMTPError(530, "5.7.0", "Must issue a STARTTLS command first")
+
+
+def no_chunks(session: "SMTPSession") -> None:
+    """No BDAT of this transaction has come (RFC 3030 3)."""
+    if session.body is not None:
+        raise SMTPError(503, "5.5.1", "A BDAT transfer is open, end it with LAST or RSET")
+
+
+class Receiver:
+    """The content of one message as it comes in: cleaned, measured, in memory or in a Spool.
+
+    Made by SMTPSession. It never fails: the first reason to refuse stays in `refusal`, and what
+    comes after is dropped.
+    """
+
+    def __init__(self, settings: Any, spool: Callable[[], Spool], clean: bool, lf: bool) -> None:
+        self.settings = settings
+        self.make_spool = spool
+        self.spool: Optional[Spool] = None
+        self.clean = clean              # False: BINARYMIME, whose bytes are nobody's lines
+        self.lf = lf                    # a bare LF is this session's line end
+        self.refusal: Optional[SMTPError] = None
+        self.pieces: List[bytes] = []   # what is not in the spool yet; about SPOOL_SIZE
+        self.pending = 0                # its bytes
+        self.size = 0                   # bytes kept
+        self.received = 0               # bytes that came
+        self.held = b""                 # CRs of which the next byte tells what they are
+        self.line = 0                   # bytes of the line that is not over yet
+        self.header_tail: Optional[bytes] = b""     # the last bytes while the header goes on
+
+    def refuse(self, code: int, status: str, text: str, cause: Optional[Exception] = None) -> None:
+        """Note why the message is refused, unless there is a reason already."""
+        if self.refusal is None:
+            self.refusal = SMTPError(code, status, text, cause)
+
+    def take(self, data: bytes, last: bool) -> Steps:
+        """Take the next bytes; wants Work when a spool is to be written."""
+        self.received += len(data)
+        if self.refusal is None:
+            if self.clean:
+                data = self.cleaned(data, last)
+                self.measure_line(data)
+            self.size += len(data)
+            if self.size > self.settings.max_size:
+                self.refuse(552, "5.3.4", "Message is larger than %d bytes"
+                            % self.settings.max_size)
+        if self.refusal is not None:
+            self.pieces, self.pending = [], 0
+            if self.received > 2 * self.settings.max_size + MAX_JUNK:
+                raise Goodbye(421, "4.3.4", "Message is far too large")
+            return
+        self.pieces.append(data)
+        self.pending += len(data)
+        if self.pending > SPOOL_SIZE or (last and self.spool):
+            yield from self.write_spool()
+
+    def cleaned(self, data: bytes, last: bool) -> bytes:
+        """Return data with CRLF for every line end and a space for every other CR.
+
+        Any cut of the same bytes gives the same result: CRs at the end are held back.
+        """
+        if self.held:
+            data = self.held + data
+            self.held = b""
+        if not last and data.endswith(b"\r"):
+            keep = 2 if data.endswith(b"\r\r") else 1
+            self.held = data[-keep:]
+            data = data[:-keep]
+        ends = data.count(b"\n")
+        if ends == data.count(b"\r\n") == data.count(b"\r"):
+            return data
+        if not self.lf and self.settings.bare_newline == "reject" and BARE_LF.search(data):
+            self.refuse(554, "5.6.0", "Message holds a bare LF, lines must end with CRLF")
+        return LINE_END.sub(line_end, data)
+
+    def measure_line(self, data: bytes) -> None:
+        """Refuse a line that is longer than allowed."""
+        limit = self.settings.max_line
+        if self.line + len(data) > limit:
+            lines = data.split(b"\n")
+            longest = max(self.line + len(lines[0]), max(map(len, lines)))
+            if longest > limit:
+                self.refuse(554, "5.6.0", f"Message has a line of more than {limit} bytes")
+        end = data.rfind(b"\n")
+        self.line = self.line + len(data) if end < 0 else len(data) - end - 1
+
+    def write_spool(self) -> Steps:
+        """Hand what is in memory to the spool, in the pool."""
+        data = b"".join(self.pieces)
+        self.pieces, self.pending = [], 0
+        if self.spool is None:
+            self.spool = self.make_spool()
+            self.check_header(data)
+        if self.header_tail is not None:
+            self.watch_header(data)
+        try:
+            yield Work(self.spool.write, (data,))
+        except OSError as error:
+            self.refuse_disk(error)
+
+    def watch_header(self, data: bytes) -> None:
+        """Refuse a message whose header is still going on past the limit."""
+        if b"\r\n\r\n" in (self.header_tail or b"") + data:
+            self.header_tail = None
+            return
+        self.header_tail = data[-3:]
+        if self.size > self.settings.max_header:
+            self.refuse(552, "5.3.4", "Header is larger than %d bytes" % self.settings.max_header)
+
+    def refuse_disk(self, error: Exception) -> None:
+        """Refuse for now: the disk is full, or broken."""
+        if store_error(error).full:
+            self.refuse(452, "4.3.1", "The disk is full, try again later", error)
+        else:
+            self.refuse(451, "4.3.0", "The message cannot be stored now, try again later", error)
+
+    def check_header(self, data: bytes) -> None:
+        """Refuse loops and monstrous headers; data begins with the header block."""
+        end = 0 if data.startswith(b"\r\n") else data.find(b"\r\n\r\n")
+        block = data if end < 0 else data[:end + 2]
+        if len(block) > self.settings.max_header:
+            self.refuse(552, "5.3.4", "Header is larger than %d bytes" % self.settings.max_header)
+        elif block.count(b"\n") > MAX_FIELDS_KEPT:
+            self.refuse(554, "5.6.0", f"Header has more than {MAX_FIELDS_KEPT} lines")
+        elif count_hops(block) > MAX_HOPS:
+            self.refuse(554, "5.4.6", f"Mail loop: more than {MAX_HOPS} Received fields")
+
+    def finish(self) -> Steps:
+        """Return the content, bytes or a finished Spool; raise the refusal if there is one."""
+        content: Union[bytes, Spool] = b""
+        if self.refusal is None and self.spool is None:
+            content = self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces)
+            self.check_header(content)
+        elif self.refusal is None and self.spool is not None:
+            try:
+                yield Work(self.spool.finish)
+                content = self.spool
+            except OSError as error:
+                self.refuse_disk(error)
+        if self.refusal is not None:
+            raise self.refusal
+        return content
+
+
+BARE_LF = re.compile(rb"(?<!\r)\n")
+LINE_END = re.compile(rb"\r?\r\n|\n|\r")
+
+
+def line_end(match: Any) -> bytes:
+    """Return what stands for a line end or a stray CR."""
+    return b" " if match.group() == b"\r" else b"\r\n"
+
+
+XCLIENT_NAMES = ("NAME", "ADDR", "PORT", "PROTO", "HELO", "LOGIN", "DESTADDR", "DESTPORT")
+FOREIGN_VERBS = {"GET", "POST", "PUT", "HEAD", "OPTIONS", "CONNECT", "DELETE", "TRACE", "HOST:",
+                 "USER-AGENT:"}
+PATH = re.compile(r'<(?:@[^:<>"]*:)?((?:"(?:[^"\\]|\\.)*"|[^"<>])*)>(?:[ \t]+(\S.*))?')
+PLAIN_PATH = re.compile(r"([^<>\s]+)(?:[ \t]+(\S.*))?")
+
+
+class SMTPSession(Session):
+    """One SMTP or LMTP conversation; made by Server for each connection."""
+
+    hello = "EHLO"
+
+    def __init__(self, app: Any, peer: str, ident: str) -> None:
+        self.app = app
+        self.settings = app.settings
+        self.peer = peer
+        self.proxy = app.is_trusted_proxy(peer)      # may name the real client
+        self.loopback = is_loopback(peer)
+        self.ident = ident
+        self.eol = b"\r\n"              # LF for a loopback client whose first line ends so
+        self.lines = 0
+        self.errors = 0
+        self.kept = 0
+        self.tls = ""
+        self.helo = ""
+        self.esmtp = False
+        self.receiving = False          # content is coming in: not to be cut off at a stop
+        self.closing = ""               # why the conversation is over
+        self.over = False
+        self.tls_offered = app.tls is not None
+        self.tls_required = self.tls_offered and self.settings.starttls == "required"
+        self.reset()
+        super().__init__()
+
+    def reset(self) -> None:
+        """Forget the transaction."""
+        self.sender: Optional[str] = None
+        self.recipients: List[str] = []
+        self.utf8 = False
+        self.binary = False
+        self.body: Optional[Receiver] = None         # what BDAT has brought so far
+
+    # -- The conversation --
+
+    def run(self) -> Steps:
+        """Answer commands until the end."""
+        if self.proxy and self.settings.proxy_protocol:
+            yield from self.read_proxy_header()
+        log.info("%s connected: %s", self.ident, self.peer)
+        self.write(self.greeting().encode())
+        while not self.closing:
+            self.receiving = self.body is not None
+            if self.stopping and not self.receiving:
+                self.say_goodbye("shutdown")
+                break
+            try:
+                reply = yield from self.obey((yield from self.read_command()))
+            except SMTPError as refusal:
+                reply = self.refuse(refusal)
+            if reply is not None:
+                self.write_reply(reply)
+            if len(self.outbox) > MAX_REPLIES:
+                yield DRAIN
+
+    def greeting(self) -> Reply:
+        """Return the greeting (RFC 5321 4.3.1)."""
+        return Reply(220, "", f"{self.settings.hostname} ESMTP pegmail")
+
+    def write_reply(self, reply: Reply) -> None:
+        """Send a reply."""
+        if self.settings.debug:
+            log.debug("%s > %s", self.ident, reply)
+        self.write(reply.encode())
+
+    def refuse(self, refusal: SMTPError) -> Reply:
+        """Log a refusal and count it; return its reply, or 421 if it was one too many."""
+        reply = refusal.reply
+        cause = f" ({reason(refusal.cause)})" if refusal.cause else ""
+        log.warning("%s refused: %d %s %s%s%s", self.ident, reply.code, reply.status,
+                    clean_line(reply.text), cause, self.about())
+        self.app.note("refused", f"{reply.code} {reply.status}")
+        self.errors += 1
+        if isinstance(refusal, Goodbye):
+            self.closing = "refused"
+        elif self.errors >= self.settings.max_errors:
+            self.closing = "too many errors"
+            self.write(reply.encode())
+            return Reply(421, "4.7.0", f"{self.settings.hostname} Too many errors, closing")
+        return reply
+
+    def about(self) -> str:
+        """Return the sender for the log, while there is one."""
+        return "" if self.sender is None else f" from=<{clean_line(self.sender, 200)}>"
+
+    def stop(self, why: str) -> Wants:
+        """End at once, or once the message that is coming in has been answered."""
+        self.stopping = True
+        if why == "shutdown" and (self.wants is not READ or self.receiving):
+            return self.wants
+        self.say_goodbye(why)
+        self.wants = None
+        return None
+
+    def say_goodbye(self, why: str) -> None:
+        """Write the 421 for the end that comes from our side (RFC 5321 3.8)."""
+        status, text = {"timeout": ("4.4.2", "Timeout, closing"),
+                        "shutdown": ("4.3.2", "Service is going down, try again soon"),
+                        "bug": ("4.3.0", "Internal error, closing")}[why]
+        self.closing = why
+        self.write(Reply(421, status, f"{self.settings.hostname} {text}").encode())
+
+    def ended(self) -> None:
+        """Let go of what was coming in, and log the end."""
+        super().ended()
+        self.drop_body()
+        if not self.over:
+            self.over = True
+            log.info("%s closed: %s, %d messages kept", self.ident,
+                     self.closing or "by the client", self.kept)
+
+    def read_command(self) -> Steps:
+        """Wait for a command line; return its text without the line end (RFC 5321 4.1.1)."""
+        scanned = 0
+        while True:
+            end = self.inbox.find(b"\n", scanned)
+            if end >= 0:
+                break
+            scanned = len(self.inbox)
+            if scanned > MAX_COMMAND:
+                yield from self.skip_line()
+            yield READ
+        line = bytes(self.inbox[:end + 1])
+        del self.inbox[:end + 1]
+        self.lines += 1
+        if self.lines == 1 and self.loopback and not line.endswith(b"\r\n"):
+            self.eol = b"\n"
+        if not line.endswith(self.eol):
+            raise SMTPError(500, "5.5.2", "Lines must end with CRLF")
+        if len(line) > MAX_COMMAND:
+            raise SMTPError(500, "5.5.2", f"Line is longer than {MAX_COMMAND} bytes")
+        try:
+            text = line[:-len(self.eol)].decode("utf-8").rstrip(" \t\r")
+        except UnicodeDecodeError:
+            raise SMTPError(500, "5.5.2", "Line is not UTF-8") from None
+        if not text.isprintable() and "\t" not in text:
+            raise SMTPError(500, "5.5.2", "Line holds control characters")
+        if self.settings.debug:
+            log.debug("%s < %s", self.ident, clean_line(text))
+        return text
+
+    def skip_line(self) -> Steps:
+        """Read an overlong line to its end and refuse it."""
+        skipped = 0
+        while True:
+            end = self.inbox.find(b"\n")
+            if end >= 0:
+                del self.inbox[:end + 1]
+                raise SMTPError(500, "5.5.2", f"Line is longer than {MAX_COMMAND} bytes")
+            skipped += len(self.inbox)
+            self.inbox.clear()
+            if skipped > MAX_JUNK:
+                raise Goodbye(421, "4.5.2", "Line is far too long")
+            yield READ
+
+    def obey(self, line: str) -> Steps:
+        """Run one command; return its reply, None if it has written it itself."""
+        verb, _, arg = line.partition(" ")
+        verb = verb.upper()
+        command = SMTP_COMMANDS.get(verb)
+        if command is None:
+            if verb in FOREIGN_VERBS:
+                raise Goodbye(421, "4.7.0", "This is a mail server")
+            raise SMTPError(500, "5.5.1", "Unknown command, HELP lists the known ones")
+        for guard in command.needs:
+            guard(self)
+        reply = command.func(self, arg.strip())
+        if isinstance(reply, types.GeneratorType):
+            reply = yield from reply
+        return reply
+
+    # -- Commands --
+
+    @smtp("EHLO name")
+    def do_EHLO(self, arg: str) -> Reply:
+        """Say hello and list the extensions (RFC 5321 4.1.1.1)."""
+        self.greet(arg, True)
+        return Reply(250, "", "\n".join([f"{self.settings.hostname} hello {self.helo[:200]}"]
+                                        + self.extensions()))
+
+    @smtp("HELO name")
+    def do_HELO(self, arg: str) -> Reply:
+        """Say hello the old way (RFC 5321 4.1.1.1)."""
+        self.greet(arg, False)
+        return Reply(250, "", self.settings.hostname)
+
+    def greet(self, name: str, esmtp: bool) -> None:
+        """Take the client's name and begin anew (RFC 5321 4.1.4)."""
+        if not name:
+            raise SMTPError(501, "5.5.4", f"Syntax: {self.hello} name")
+        self.helo, self.esmtp = name.split()[0], esmtp
+        self.drop_body()
+        self.reset()
+
+    def extensions(self) -> List[str]:
+        """Return the lines of EHLO."""
+        names = ["PIPELINING", "8BITMIME", "SMTPUTF8", "SIZE %d" % self.settings.max_size,
+                 "ENHANCEDSTATUSCODES", "CHUNKING", "BINARYMIME",
+                 "LIMITS RCPTMAX=%d" % self.settings.max_recipients, "HELP"]
+        if self.tls_offered and not self.tls:
+            names.append("STARTTLS")
+        if self.proxy:
+            names.append("XCLIENT " + " ".join(XCLIENT_NAMES))
+        return names
+
+    @smtp("MAIL FROM:<address> [SIZE=n] [BODY=7BIT|8BITMIME|BINARYMIME] [SMTPUTF8]",
+          needs=(greeted, safe_enough, no_sender))
+    def do_MAIL(self, arg: str) -> Reply:
+        """Open a transaction (RFC 5321 4.1.1.2)."""
+        address, params = self.parse_path("FROM:", arg, "MAIL")
+        utf8 = binary = False
+        for name, value in params.items():
+            if name == "SIZE" and value.isdigit() and len(value) <= 20:       # RFC 1870 6
+                if int(value) > self.settings.max_size:
+                    raise SMTPError(552, "5.3.4", "Message is larger than %d bytes"
+                                    % self.settings.max_size)
+            elif name == "BODY" and value.upper() in ("7BIT", "8BITMIME", "BINARYMIME"):
+                binary = value.upper() == "BINARYMIME"                        # RFC 3030 3
+            elif name == "SMTPUTF8" and not value:
+                utf8 = True
+            elif name in ("SIZE", "BODY", "SMTPUTF8"):
+                raise SMTPError(501, "5.5.4", f"Value of {name} is not valid")
+            else:
+                raise SMTPError(555, "5.5.4", f"Parameter {name[:40]} is not known")
+        self.check_ascii(address, utf8)
+        self.sender, self.utf8, self.binary = address, utf8, binary
+        return SENDER_OK
+
+    @smtp("RCPT TO:<address>", needs=(greeted, safe_enough, has_sender, no_chunks))
+    def do_RCPT(self, arg: str) -> Reply:
+        """Add a recipient (RFC 5321 4.1.1.3)."""
+        text, params = self.parse_path("TO:", arg, "RCPT")
+        for name in params:
+            raise SMTPError(555, "5.5.4", f"Parameter {name[:40]} is not known")
+        if len(self.recipients) >= self.settings.max_recipients:
+            raise SMTPError(452, "4.5.3", "Too many recipients, send the rest in another message")
+        self.check_ascii(text, self.utf8)
+        refusal = self.app.refuse_recipient(parse_address(text) if text else None)
+        if refusal is not None:
+            raise SMTPError(*refusal)
+        self.recipients.append(text)
+        return RECIPIENT_OK
+
+    def parse_path(self, word: str, arg: str, verb: str) -> Tuple[str, Dict[str, str]]:
+        """Read `FROM:<address> NAME=value ...`; source routes are dropped (RFC 5321 4.1.2)."""
+        rest = arg[len(word):].lstrip() if arg[:len(word)].upper() == word else ""
+        match = PATH.fullmatch(rest) or PLAIN_PATH.fullmatch(rest)
+        if not match:
+            raise SMTPError(501, "5.5.4", f"Syntax: {verb} {word}<address>")
+        address = match.group(1).strip()
+        params = {}
+        for param in (match.group(2) or "").split():
+            name, _, value = param.partition("=")
+            params[name.upper()] = value
+        try:
+            if address:
+                parse_address(address)
+        except ValueError as error:
+            status = "5.1.7" if verb == "MAIL" else "5.1.3"
+            raise SMTPError(553, status, f"Address is not valid: {error}") from None
+        return address, params
+
+    def check_ascii(self, address: str, utf8: bool) -> None:
+        """Refuse an address beyond ASCII unless SMTPUTF8 was asked for (RFC 6531 3.5)."""
+        if not address.isascii() and not utf8:
+            raise SMTPError(553, "5.6.7", "Address is not ASCII, MAIL FROM needs SMTPUTF8")
+
+    @smtp("DATA", needs=(greeted, safe_enough, has_recipients, no_chunks))
+    def do_DATA(self, arg: str) -> Steps:
+        """Take the message (RFC 5321 4.1.1.4)."""
+        if arg:
+            raise SMTPError(501, "5.5.4", "Syntax: DATA")
+        if self.binary:
+            raise SMTPError(503, "5.5.1", "BINARYMIME needs BDAT")      # RFC 3030 3
+        self.body = self.new_receiver()
+        self.receiving = True
+        self.write(b"354 End with a line that holds a single dot\r\n")
+        yield from self.read_message(self.body)
+        return (yield from self.keep())
+
+    def new_receiver(self) -> Receiver:
+        """Return what takes in the content of this transaction."""
+        return Receiver(self.settings, self.app.spool, not self.binary, self.eol == b"\n")
+
+    def read_message(self, body: Receiver) -> Steps:
+        """Read up to the line with a single dot, undoing dot-stuffing (RFC 5321 4.5.2).
+
+        The end is CRLF.CRLF and nothing else. The line end of the command that came before counts,
+        so one is put in front of the inbox; each piece but the last keeps back what a line end or
+        the end might begin with.
+        """
+        eol, keep = self.eol, len(self.eol) + 2
+        stop, dot = eol + b"." + eol, eol + b"."
+        self.inbox[:0] = eol
+        begun = len(eol)                # bytes at the front that are not content
+        scanned = 0
+        while True:
+            end = self.inbox.find(stop, max(0, scanned - len(stop)))
+            if end >= 0:
+                data = bytes(self.inbox[:end + len(eol)]).replace(dot, eol)
+                del self.inbox[:end + len(stop)]
+                yield from body.take(data[begun:], True)
+                return
+            if len(self.inbox) >= READ_SIZE:
+                cut = self.inbox.rfind(eol)
+                cut = cut if cut > 0 else len(self.inbox) - keep
+                data = bytes(self.inbox[:cut]).replace(dot, eol)
+                del self.inbox[:cut]
+                yield from body.take(data[begun:], False)
+                begun = 0
+            scanned = len(self.inbox)
+            yield READ
+
+    @smtp("BDAT size [LAST]", needs=(greeted, safe_enough))
+    def do_BDAT(self, arg: str) -> Steps:
+        """Take a chunk of the message (RFC 3030 2); refused or not, its bytes are read."""
+        match = re.fullmatch(r"(\d{1,18})(?:\s+(LAST))?", arg, re.I)
+        if not match:
+            raise Goodbye(421, "4.5.4", "Syntax: BDAT size [LAST]; without a size we are lost")
+        left, last = int(match.group(1)), bool(match.group(2))
+        if left > 2 * self.settings.max_size + MAX_JUNK:
+            raise Goodbye(421, "4.3.4", "Chunk is far too large")
+        wrong = self.eol == b"\n" or not self.recipients
+        if not wrong and self.body is None:
+            self.body = self.new_receiver()
+        self.receiving = True
+        size = left
+        while left:
+            while not self.inbox:
+                yield READ
+            data = bytes(self.inbox[:left])
+            del self.inbox[:len(data)]
+            left -= len(data)
+            if self.body is not None and not wrong:
+                yield from self.body.take(data, last and not left)
+        if wrong:
+            raise SMTPError(503, "5.5.1", "Send RCPT TO first, and lines that end with CRLF")
+        assert self.body is not None
+        if not last:
+            if self.body.refusal is not None:
+                refusal = self.body.refusal
+                self.drop_body()
+                self.reset()
+                raise refusal
+            return Reply(250, "2.0.0", f"{size} bytes received")
+        if not size:
+            yield from self.body.take(b"", True)
+        return (yield from self.keep())
+
+    def keep(self) -> Steps:
+        """Have the message kept; return the reply once it is on the disk."""
+        body, envelope = self.body, self.envelope()
+        count = len(self.recipients)
+        assert body is not None
+        try:
+            content = yield from body.finish()
+            begun = self.sender, self.recipients
+            ident = yield Ask(self.app.keep, (envelope, content))
+        except StoreError as error:
+            body.refuse_disk(error)
+            raise (body.refusal or SMTPError(451, "4.3.0", "Try again later")) from None
+        finally:
+            self.drop_body()
+            self.reset()
+        self.kept += 1
+        log.info("%s kept: mail_id=%d from=<%s> to=%s size=%d", self.ident, ident,
+                 begun[0], len(begun[1]) if len(begun[1]) > 3 else begun[1], body.size)
+        return self.kept_reply(ident, count)
+
+    def kept_reply(self, ident: int, count: int) -> Optional[Reply]:
+        """Return the reply for a message that is kept."""
+        return Reply(250, "2.0.0", f"Kept as {ident}")
+
+    def envelope(self) -> Envelope:
+        """Return the envelope of this transaction."""
+        return Envelope(self.sender or "", tuple(dict.fromkeys(self.recipients)), self.peer,
+                        self.helo, self.protocol(), self.tls,
+                        f"{self.ident}.{self.kept + 1}")
+
+    def protocol(self) -> str:
+        """Return the word behind "with" in Received (RFC 3848, RFC 6531 4.3)."""
+        if not self.esmtp:
+            return "SMTP"
+        return ("UTF8SMTP" if self.utf8 else "ESMTP") + ("S" if self.tls else "")
+
+    def drop_body(self) -> None:
+        """Let go of what has come in, and of its file unless that is finished."""
+        if self.body is not None and self.body.spool is not None and not self.body.spool.hash:
+            self.app.discard(self.body.spool)
+        self.body = None
+
+    @smtp("RSET")
+    def do_RSET(self, arg: str) -> Reply:
+        """Drop the transaction (RFC 5321 4.1.1.5)."""
+        self.drop_body()
+        self.reset()
+        return Reply(250, "2.0.0", "Transaction dropped")
+
+    @smtp("NOOP [text]")
+    def do_NOOP(self, arg: str) -> Reply:
+        """Do nothing (RFC 5321 4.1.1.9)."""
+        return DONE
+
+    @smtp("VRFY address")
+    def do_VRFY(self, arg: str) -> Reply:
+        """Neither confirm nor deny (RFC 5321 3.5.3)."""
+        if not arg:
+            raise SMTPError(501, "5.5.4", "Syntax: VRFY address")
+        return Reply(252, "2.5.2", "Send mail and it will be seen")
+
+    @smtp("HELP [command]")
+    def do_HELP(self, arg: str) -> Reply:
+        """List the commands, or show how one is written (RFC 5321 4.1.1.8)."""
+        command = SMTP_COMMANDS.get(arg.upper())
+        if arg and command is None:
+            raise SMTPError(504, "5.5.4", "No such command")
+        text = command.syntax if command else "Commands: " + " ".join(SMTP_COMMANDS)
+        return Reply(214, "2.0.0", text)
+
+    @smtp("QUIT")
+    def do_QUIT(self, arg: str) -> Reply:
+        """End the conversation (RFC 5321 4.1.1.10)."""
+        self.drop_body()
+        self.closing = "quit"
+        return Reply(221, "2.0.0", f"{self.settings.hostname} closing")
+
+    @smtp("STARTTLS")
+    def do_STARTTLS(self, arg: str) -> Steps:
+        """Go on in TLS (RFC 3207 4). Bytes that came in clear text behind it end it all."""
+        if not self.tls_offered:
+            raise SMTPError(502, "5.5.1", "TLS is not configured")
+        if self.tls or arg:
+            raise SMTPError(503 if self.tls else 501, "5.5.1" if self.tls else "5.5.4",
+                            "TLS is on already" if self.tls else "Syntax: STARTTLS")
+        if self.inbox:
+            raise Goodbye(421, "4.7.0", "Commands in clear text behind STARTTLS, closing")
+        self.write(b"220 2.0.0 Go ahead with TLS\r\n")
+        self.tls = yield STARTTLS
+        log.info("%s tls: %s", self.ident, self.tls)
+        self.inbox.clear()
+        self.helo, self.eol = "", b"\r\n"      # RFC 3207 4.2: forget what was said before TLS
+        self.drop_body()
+        self.reset()
+
+    @smtp("XCLIENT NAME=value ...")
+    def do_XCLIENT(self, arg: str) -> Reply:
+        """Take the real client's address from a trusted proxy (Postfix XCLIENT_README)."""
+        if not self.proxy:
+            raise SMTPError(550, "5.7.0", "Not a trusted proxy (--trusted_proxy)")
+        if self.sender is not None:
+            raise SMTPError(503, "5.5.1", "A transaction is open")
+        if not arg:
+            raise SMTPError(501, "5.5.4", "Syntax: XCLIENT NAME=value ...")
+        for pair in arg.split():
+            name, equals, value = pair.partition("=")
+            value = re.sub(r"\+([0-9A-F]{2})", lambda match: chr(int(match.group(1), 16)), value)
+            if name.upper() not in XCLIENT_NAMES or not equals or not value.isprintable():
+                raise SMTPError(501, "5.5.4", "XCLIENT has an attribute that is not known")
+            if name.upper() == "ADDR" and not value.upper().endswith("UNAVAILABLE]"):
+                self.take_peer(re.sub("(?i)^ipv6:", "", value))
+        log.info("%s client: %s", self.ident, self.peer)
+        self.helo, self.lines = "", 1
+        self.reset()
+        return self.greeting()
+
+    def take_peer(self, text: str) -> None:
+        """Take an address that a proxy names as the peer's."""
+        try:
+            self.peer = str(ipaddress.ip_address(text))
+        except ValueError:
+            raise SMTPError(501, "5.5.4", "Not an IP address") from None
+
+    def read_proxy_header(self) -> Steps:
+        """Read the header of the PROXY protocol, version 1 or 2 (HAProxy proxy-protocol.txt)."""
+        try:
+            start = yield from self.read_exactly(12)
+            if start == b"\r\n\r\n\0\r\nQUIT\n":
+                head = yield from self.read_exactly(4)
+                length = int.from_bytes(head[2:], "big")
+                if head[0] >> 4 != 2 or length > MAX_PROXY_HEADER:
+                    raise ValueError("not version 2, or too long")
+                rest = yield from self.read_exactly(length)
+                address = proxy_address(head[0] & 15, head[1] >> 4, rest)
+            else:
+                line = start
+                while not line.endswith(b"\n"):
+                    if len(line) > 107:
+                        raise ValueError("too long")
+                    line += yield from self.read_exactly(1)
+                match = re.fullmatch(rb"PROXY (?:UNKNOWN.*|TCP[46] (\S+) \S+ \d+ \d+)\r\n", line)
+                if not match:
+                    raise ValueError("not a PROXY line")
+                address = (match.group(1) or b"").decode("ascii", "replace")
+            if address:
+                self.take_peer(address)
+        except (ValueError, SMTPError) as error:
+            log.warning("%s %s sent no PROXY header: %s", self.ident, self.peer, error)
+            self.write(Reply(421, "4.3.5", "This port wants a PROXY header").encode())
+            self.closing = "no PROXY header"
+
+
+def proxy_address(command: int, family: int, data: bytes) -> str:
+    """Return the source address of a PROXY v2 header; nothing for health checks (LOCAL)."""
+    size = {1: 4, 2: 16}.get(family, 0)
+    if command not in (0, 1) or len(data) < 2 * size + (4 if size else 0):
+        raise ValueError("not a PROXY command")
+    return str(ipaddress.ip_address(data[:size])) if command == 1 and size else ""
+
+
+SENDER_OK = Reply(250, "2.1.0", "Sender OK")
+RECIPIENT_OK = Reply(250, "2.1.5", "Recipient OK")
+DONE = Reply(250, "2.0.0", "OK")
+
+
+class LMTPSession(SMTPSession):
+    """One LMTP conversation (RFC 2033): a reply for each recipient; made by Server."""
+
+    hello = "LHLO"
+
+    def greeting(self) -> Reply:
+        """Return the greeting."""
+        return Reply(220, "", f"{self.settings.hostname} LMTP pegmail")
+
+    def obey(self, line: str) -> Steps:
+        """Run one command; LHLO stands for EHLO, and HELO is not known (RFC 2033 4.1)."""
+        verb = line.partition(" ")[0].upper()
+        if verb in ("EHLO", "HELO"):
+            raise SMTPError(500, "5.5.1", "This is LMTP, send LHLO")
+        line = "EHLO" + line[4:] if verb == "LHLO" else line
+        return (yield from super().obey(line))
+
+    def protocol(self) -> str:
+        """Return the word behind "with" in Received (RFC 3848)."""
+        return "LMTP" + ("S" if self.tls else "")
+
+    def kept_reply(self, ident: int, count: int) -> Optional[Reply]:
+        """Write one reply for each recipient (RFC 2033 4.2)."""
+        for _ in range(count):
+            self.write_reply(Reply(250, "2.0.0", f"Kept as {ident}"))
+        return None
+
+    def keep(self) -> Steps:
+        """Have the message kept; a refusal too is said once for each recipient."""
+        count = len(self.recipients)
+        try:
+            return (yield from super().keep())
+        except SMTPError as refusal:
+            for _ in range(count - 1):
+                self.write_reply(refusal.reply)
+            raise
+
+
+def is_loopback(peer: str) -> bool:
+    """Is this the address of the host itself?"""
+    try:
+        return ipaddress.ip_address(peer).is_loopback
+    except ValueError:
+        return False
+
+
+# =====================================================================================
+# 7. Delivery: from a received message to the store
+#
+# Intake is what a session knows of the world: who may be written to, where large content goes,
+# and how a message is kept.
+# =====================================================================================
+
+class Intake:
+    """The way of a message from its session to the store; made by Server."""
+
+    def __init__(self, settings: Settings, store: Store, loop: Loop) -> None:
+        self.settings = settings
+        self.store = store
+        self.loop = loop
+        self.tls: Optional[ssl.SSLContext] = None
+        self.domains = {normalize_domain(name) for name in settings.server_host}
+        self.refused: Dict[str, int] = collections.Counter()     # on the loop's thread only
+        self.messages = 0
+        self.bytes = 0
+        self.date: Tuple[int, str] = (0, "")
+
+    def is_trusted_proxy(self, peer: str) -> bool:
+        """May this peer speak for others?"""
+        return is_in_networks(peer, self.settings.trusted_proxy)
+
+    def refuse_recipient(self, address: Optional[Address]) -> Optional[Tuple[int, str, str]]:
+        """Return the reply for a recipient that is not ours, None for one that is.
+
+        <postmaster> without a domain always is (RFC 5321 4.5.1).
+        """
+        if address is None:
+            return 553, "5.1.3", "A recipient needs an address"
+        if not self.domains or (not address.domain and address.local.lower() == "postmaster"):
+            return None
+        if normalize_domain(address.domain) in self.domains:
+            return None
+        return 550, "5.7.1", "Mail for this domain is not taken here"
+
+    def spool(self) -> Spool:
+        """Return a file for the content of a large message."""
+        return self.store.spool()
+
+    def discard(self, spool: Spool) -> None:
+        """Remove a file that is not needed after all."""
+        self.loop.work(spool.discard, (), ignore)
+
+    def note(self, what: str, why: str) -> None:
+        """Count a refusal."""
+        self.refused[why] += 1
+
+    def keep(self, envelope: Envelope, content: Union[bytes, Spool], done: Done) -> None:
+        """Have a message kept; done(id, None) once it is on the disk."""
+        head = content.head if isinstance(content, Spool) else content[:header_length(content)]
+        trace = trace_fields(envelope, self.settings.hostname, self.now_text())
+        self.messages += 1
+        self.bytes += content.size if isinstance(content, Spool) else len(content)
+        self.store.add(Incoming(envelope, trace, read_subject(head), content), done)
+
+    def now_text(self) -> str:
+        """Return the date as Received wants it (RFC 5322 3.3); made once a second."""
+        second = int(self.store.now())
+        if self.date[0] != second:
+            self.date = second, email.utils.formatdate(second).replace("-0000", "+0000")
+        return self.date[1]
+
+
+def ignore(result: Any, error: Optional[BaseException]) -> None:
+    """Hear of a job that nobody waits for; its failure is logged."""
+    if error is not None:
+        log.error("a clean-up failed: %s", reason(error))
+
+
+def is_in_networks(address: str, networks: Iterable[Any]) -> bool:
+    """Is this IP address in one of the networks?"""
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return any(ip in network_ for network_ in networks)
+
+
+# =====================================================================================
+# 8. HTTP: the JSON API
+#
+# A session on the reactor collects each request; a thread of the pool answers it with
+# http.server's handler; the session sends the answer as the client takes it. So neither a slow
+# client nor one that waits for mail holds a thread. Routes are declared on the functions that
+# serve them. RFC 9110 (HTTP), 9112 (HTTP/1.1).
+# =====================================================================================
+
+MAX_HEAD = 32 << 10           # bytes of a request's line and header
+MAX_BODY = 1 << 20            # bytes of a request's body
+MAX_WAIT = 60                 # seconds that a request may wait for mail
+MAX_COUNT = 1000              # messages of one list
+WAKE_SECONDS = 0.02           # at most this often are waiting requests looked at again
+GZIP_SIZE = 1000              # a smaller answer is not worth it
+
+
+class Problem(Exception):
+    """An answer that is an error: a status, a text, and further header fields."""
+
+    def __init__(self, status: int, text: str, **headers: str) -> None:
+        super().__init__(text)
+        self.status = status
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+class Nothing(Exception):
+    """Nothing matches so far; a request with `wait` is asked again after the next change."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        self.answer = answer            # what to answer when the time is over
+
+
+class Answer(NamedTuple):
+    """What a route returns when it is not plain data: bytes, or pieces of a known size or not."""
+    body: Union[bytes, Iterator[bytes]]
+    mime: str
+    headers: Dict[str, str] = {}
+    size: Optional[int] = None         # of the pieces; None sends them chunked
+    status: int = 200
+
+
+# -- Parameters and routes --
+
+class Param(NamedTuple):
+    """A parameter of the API: its reader, what stands for a missing one, and its description."""
+    read: Callable[[str], Any]
+    default: Any
+    schema: Dict[str, Any]
+    help: str
+
+
+def whole(low: int, high: int, default: Optional[int], help: str) -> Param:
+    """Describe a whole number."""
+    schema: Dict[str, Any] = {"type": "integer", "minimum": low, "maximum": high}
+    if default is not None:
+        schema["default"] = default
+    return Param(number(low, high), default, schema, help)
+
+
+def choice(words: Sequence[str], help: str) -> Param:
+    """Describe one of some words; the first is the default."""
+    def read(text: str) -> str:
+        if text not in words:
+            raise ValueError("needs one of: " + ", ".join(words))
+        return text
+    return Param(read, words[0], {"type": "string", "enum": list(words), "default": words[0]}, help)
+
+
+def substring(help: str) -> Param:
+    """Describe a text to look for."""
+    def read(text: str) -> str:
+        if len(text) > 500 or "\0" in text:
+            raise ValueError("needs at most 500 characters and no NUL")
+        return text
+    return Param(read, "", {"type": "string", "maxLength": 500}, help)
+
+
+def media_hash(text: str) -> str:
+    """Read the hash of an attachment."""
+    if not re.fullmatch(r"[0-9a-f]{16,64}", text):
+        raise ValueError("needs the hash that /mail names, 16 to 64 hexadecimal digits")
+    return text
+
+
+def read_state(text: str) -> Optional[int]:
+    """Read 0, 1 or nothing."""
+    return number(0, 1)(text) if text else None
+
+
+BIG = (1 << 53) - 1           # whole numbers that every JSON reader can hold
+PARAMS = {
+    "mail_id": whole(1, BIG, None, "Number of the message."),
+    "hash": Param(media_hash, None, {"type": "string", "pattern": "^[0-9a-f]{16,64}$"},
+                  "Hash of the attachment."),
+    "is_read": whole(0, 1, None, "The read state to set."),
+    "count": whole(0, MAX_COUNT, 50, "Messages to list at most."),
+    "offset": whole(0, BIG, 0, "Messages to pass over."),
+    "reverse": whole(0, 1, 0, "1 lists the newest first."),
+    "after": whole(0, BIG, 0, "Only messages with a greater mail_id."),
+    "since": whole(0, BIG, 0, "Only messages received at this time or later, in milliseconds."),
+    "wait": whole(0, MAX_WAIT, 0, "Seconds to wait until something matches."),
+    "filter_mail_from": substring("Part of the sender, in any case."),
+    "filter_mail_to": substring("Part of a recipient, in any case."),
+    "filter_mail_subject": substring("Part of the subject, in any case."),
+    "filter_is_read": Param(read_state, None, {"type": "string", "enum": ["", "0", "1"]},
+                            "0 for unread, 1 for read."),
+    "format": choice(("json", "text", "mbox"), "Form of the answer."),
+    "mail_format": choice(("json", "text", "eml"), "Form of the answer."),
+}
+SPELLED = {"mail_format": "format"}
+START = ("after", "since", "wait")
+FILTERS = ("filter_mail_to", "filter_mail_from", "filter_mail_subject", "filter_is_read") + START
+PAGES = ("count", "offset", "reverse", "format")
+
+
+class Route(NamedTuple):
+    """A path and method, the function that serves them, and its parameters."""
+    method: str
+    path: str
+    func: Callable[..., Any]
+    params: Tuple[str, ...]
+    required: Tuple[str, ...]
+    open: bool                          # no token is asked for
+
+
+ROUTES: Dict[Tuple[str, str], Route] = {}
+
+
+def route(methods: str, *paths: str, params: Sequence[str] = (), required: Sequence[str] = (),
+          open: bool = False) -> Any:
+    """Enter a function as the server of paths under one or more methods."""
+    def enter(func: Callable[..., Any]) -> Callable[..., Any]:
+        for path in paths:
+            for method in methods.split():
+                ROUTES[method, path] = Route(method, path, func, tuple(required) + tuple(params),
+                                             tuple(required), open)
+        return func
+    return enter
+
+
+class Request(NamedTuple):
+    """What a route is given. `params` has a value for each parameter of the route."""
+    app: "HTTPApp"
+    store: Store
+    params: Dict[str, Any]
+    headers: Any
+    method: str
+
+    def filter(self) -> Filter:
+        """Return the filter that the parameters describe."""
+        get = self.params.get
+        return Filter(get("filter_mail_from", ""), get("filter_mail_to", ""),
+                      get("filter_mail_subject", ""), get("filter_is_read"),
+                      get("after", 0), get("since", 0))
+
+
+# -- What a message looks like in JSON --
+
+def short_item(message: Message) -> Dict[str, Any]:
+    """Return a message as lists show it."""
+    return {"timestamp": message.received, "mail_id": message.id, "mail_from": message.sender,
+            "mail_to": message.recipients.split("\n"), "mail_subject": message.subject,
+            "is_read": message.is_read, "size": message.size,
+            "attachment_count": message.attachments}
+
+
+def full_items(store: Store, messages: Sequence[Message]) -> List[str]:
+    """Return messages with headers and body as JSON texts; the body is stored as one already."""
+    digests = store.digest([message.id for message in messages])
+    items = []
+    for message in messages:
+        if message.id not in digests:           # deleted just now
+            continue
+        fields, body, error = digests[message.id]
+        if not message.digested:                # what the digest found out is in the row now
+            message = store.find(message.id) or message
+        head = short_item(message)
+        head["mail_headers"] = first_values(json.loads(fields))
+        if error:
+            head["parse_error"] = error
+        items.append(f'{json_text(head)[:-1]},"mail_headers_all":{fields},"mail_body":{body}}}')
+    return items
+
+
+def text_line(message: Message) -> str:
+    """Return a message as one line of tab-separated values; no value holds a tab."""
+    values = (message.id, message.received, message.is_read, message.size, message.attachments,
+              message.sender, message.recipients.replace("\n", ","), message.subject)
+    return "\t".join(clean_line(str(value)) for value in values) + "\n"
+
+
+def mbox_pieces(store: Store, messages: Iterable[Message]) -> Iterator[bytes]:
+    """Yield messages as an mbox: LF line ends, `From ` lines quoted so that it can be undone."""
+    for message in messages:
+        try:
+            source = store.raw(message.id)
+            sender = re.sub(r"[^!-~]", "_", message.sender) or "MAILER-DAEMON"
+            date = time.asctime(time.gmtime(message.received // 1000))
+            rest = b"\n"                        # what may turn out to begin a `From ` line
+            yield f"From {sender} {date}".encode("ascii")
+            for window in source.windows(0, source.size):
+                window = (rest + window).replace(b"\r\n", b"\n")
+                cut = window.rfind(b"\n")
+                cut = cut if cut > 0 else max(0, len(window) - 1)
+                rest = window[cut:]
+                yield re.sub(rb"(?<=\n)(>*From )", rb">\1", window[:cut])
+            yield re.sub(rb"(?<=\n)(>*From )", rb">\1", rest).rstrip(b"\r\n") + b"\n\n"
+        except KeyError:
+            continue                            # deleted meanwhile
+
+
+# -- The routes --
+
+@route("GET", "/count")
+def get_count(request: Request) -> Any:
+    """Return the number of all messages."""
+    return {"count": request.store.count(Filter())}
+
+
+@route("GET", "/filter_count", "/search_count", params=FILTERS)
+def get_filter_count(request: Request) -> Any:
+    """Return the number of messages that match."""
+    return found_or_nothing({"count": request.store.count(request.filter())})
+
+
+def found_or_nothing(answer: Dict[str, Any]) -> Any:
+    """Return an answer, or raise Nothing if its count or its list is empty."""
+    if answer["count"] and answer.get("items", True):
+        return answer
+    raise Nothing(answer)
+
+
+def list_messages(request: Request, items: Callable[[Sequence[Message]], Sequence[str]]) -> Any:
+    """Return the page of messages that the parameters describe, in the form they ask for."""
+    params, wanted = request.params, request.filter()
+    messages = request.store.page(wanted, params["count"], params["offset"],
+                                  bool(params["reverse"]))
+    if params["format"] == "text":
+        answer = Answer("".join(map(text_line, messages)).encode("utf-8", "replace"),
+                        "text/plain; charset=utf-8")
+    elif params["format"] == "mbox":
+        answer = Answer(mbox_pieces(request.store, messages), "application/mbox")
+    else:
+        text = '{"items":[%s],"count":%d}' % (",".join(items(messages)),
+                                              request.store.count(wanted))
+        answer = Answer(text.encode("utf-8", "replace"), "application/json")
+    if messages or not params["count"]:
+        return answer
+    raise Nothing(answer)
+
+
+@route("GET", "/list", params=START + PAGES)
+@route("GET", "/filter_list", "/search_list", params=FILTERS + PAGES)
+def get_list(request: Request) -> Any:
+    """List messages with headers and body."""
+    return list_messages(request, functools.partial(full_items, request.store))
+
+
+@route("GET", "/list_short", params=START + PAGES)
+@route("GET", "/filter_list_short", "/search_list_short", params=FILTERS + PAGES)
+def get_list_short(request: Request) -> Any:
+    """List messages without headers and body."""
+    return list_messages(request, lambda messages: [json_text(short_item(message))
+                                                    for message in messages])
+
+
+def find_mail(request: Request) -> Message:
+    """Return the message that mail_id names."""
+    message = request.store.find(request.params["mail_id"])
+    if message is None:
+        raise no_such_mail()
+    return message
+
+
+def no_such_mail() -> Problem:
+    """Return the answer for a message that is not there."""
+    return Problem(404, "mail_id: there is no such message")
+
+
+@route("GET", "/mail", required=("mail_id",), params=("mail_format",))
+def get_mail(request: Request) -> Any:
+    """Return a message with headers and body."""
+    return show_mail(request, find_mail(request))
+
+
+@route("GET", "/latest", params=FILTERS + ("mail_format",))
+def get_latest(request: Request) -> Any:
+    """Return the newest message that matches, as /mail does; 404 if none does."""
+    return show_mail(request, find_latest(request))
+
+
+def find_latest(request: Request) -> Message:
+    """Return the newest message that matches."""
+    messages = request.store.page(request.filter(), 1, reverse=True)
+    if not messages:
+        raise Nothing(Problem(404, "no message matches"))
+    return messages[0]
+
+
+def show_mail(request: Request, message: Message) -> Any:
+    """Return a message in the form that is asked for."""
+    if request.params["mail_format"] == "eml":
+        return show_raw(request, message)
+    if request.params["mail_format"] == "text":
+        return Answer(text_line(message).encode("utf-8", "replace"), "text/plain; charset=utf-8")
+    items = full_items(request.store, [message])
+    if not items:
+        raise no_such_mail()
+    return Answer(items[0].encode("utf-8", "replace"), "application/json")
+
+
+@route("GET", "/raw", required=("mail_id",))
+def get_raw(request: Request) -> Any:
+    """Return a message as it was received, under the fields added on top."""
+    return show_raw(request, find_mail(request))
+
+
+def show_raw(request: Request, message: Message) -> Answer:
+    """Return the bytes of a message."""
+    try:
+        source = request.store.raw(message.id)
+    except KeyError:
+        raise no_such_mail() from None
+    headers = {"Content-Disposition": content_disposition("attachment", f"{message.id}.eml")}
+    return Answer(source.windows(0, source.size), "message/rfc822", headers, source.size)
+
+
+@route("GET", "/code", params=("mail_id",) + FILTERS)
+def get_code(request: Request) -> Any:
+    """Return the one-time codes and the links in a message: mail_id, or the newest that matches."""
+    message = find_mail(request) if request.params["mail_id"] else find_latest(request)
+    digest = request.store.digest([message.id]).get(message.id)
+    if digest is None:
+        raise no_such_mail()
+    texts, links = [message.subject], []
+    pending = [json.loads(digest[1])]
+    while pending:
+        item = pending.pop() or {}
+        pending.extend(reversed(item.get("items", [])))
+        if item.get("mime") == "text/html":
+            words, targets = html_text(item["text"])
+            texts.append(words)
+            links += targets
+        elif item.get("type") == "text":
+            texts.append(item["text"])
+    text = "\n".join(texts)
+    return {"mail_id": message.id, "codes": find_codes(text),
+            "links": find_links("\n".join([text] + links))}
+
+
+INLINE = {"image/png", "image/jpeg", "image/gif", "image/webp", "text/plain", "application/pdf"}
+
+
+@route("GET", "/media", required=("hash",))
+def get_media(request: Request) -> Any:
+    """Return an attachment, or the range of it that is asked for."""
+    name = request.params["hash"]
+    found = request.store.attachment(name)
+    if found is None:
+        raise Problem(404, "hash: there is no such attachment")
+    filename, mime, size_ = found
+    headers = {"ETag": f'"{name}"', "Accept-Ranges": "bytes",
+               "Content-Security-Policy": "sandbox; default-src 'none'",
+               "Content-Disposition": content_disposition(
+                   "inline" if mime in INLINE else "attachment", filename)}
+    if is_known(f'"{name}"', request.headers.get("If-None-Match", "")):
+        return Answer(b"", mime, headers, status=304)
+    if mime.startswith("text/"):
+        mime += "; charset=utf-8"
+    try:
+        source = request.store.media.source(name)
+    except FileNotFoundError:
+        raise Problem(404, "hash: there is no such attachment") from None
+    wanted = request.headers.get("Range", "")
+    if request.headers.get("If-Range", f'"{name}"') != f'"{name}"':
+        wanted = ""
+    start, end = read_range(wanted, size_)
+    if (start, end) == (0, size_):
+        return Answer(source.windows(0, size_), mime, headers, size_)
+    headers["Content-Range"] = f"bytes {start}-{end - 1}/{size_}"
+    return Answer(source.windows(start, end), mime, headers, end - start, 206)
+
+
+def read_range(text: str, size_: int) -> Tuple[int, int]:
+    """Return the start and end that a Range names; all of it if there is no plain one.
+
+    RFC 9110 14.2: what is not understood is ignored; what lies outside is 416.
+    """
+    match = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", text.strip())
+    if not match or match.group(0) == "bytes=-":
+        return 0, size_
+    first, last = match.groups()
+    start = int(first) if first else max(0, size_ - int(last))
+    end = min(size_, int(last) + 1) if first and last else size_
+    if start >= end and not (first and last and int(first) > int(last)):
+        raise Problem(416, "the range lies outside", Content_Range=f"bytes */{size_}")
+    return (start, end) if start < end else (0, size_)
+
+
+@route("GET POST", "/set_read", required=("mail_id", "is_read"))
+def set_read(request: Request) -> Any:
+    """Set the read state of a message."""
+    if not request.store.set_read(request.params["mail_id"], request.params["is_read"]):
+        raise no_such_mail()
+    return {"is_read": request.params["is_read"]}
+
+
+@route("POST DELETE", "/delete", required=("mail_id",))
+def delete(request: Request) -> Any:
+    """Delete a message, with the attachments that no other has."""
+    if not request.store.delete(request.params["mail_id"]):
+        raise no_such_mail()
+    return {"deleted": request.params["mail_id"]}
+
+
+@route("GET", "/auth", open=True)
+def get_auth(request: Request) -> Any:
+    """Answer nginx's question where a client's mail shall go (ngx_mail_auth_http_module)."""
+    headers = request.headers
+    text = headers.get("Auth-SMTP-To", "").strip()
+    match = re.fullmatch(r"(?i)(?:RCPT\s+)?TO:\s*(.*)", text)
+    match = PATH.fullmatch(match.group(1) if match else text)
+    text = match.group(1) if match else text.partition(" ")[0]
+    try:
+        refusal = request.app.intake.refuse_recipient(parse_address(text)) if text else None
+    except ValueError as error:
+        refusal = 553, "5.1.3", f"Address is not valid: {error}"
+    if headers.get("Auth-Protocol", "smtp").lower() != "smtp":
+        refusal = 503, "5.5.1", "Only SMTP is served"
+    if headers.get("Auth-Method", "none").lower() != "none":
+        refusal = 535, "5.7.8", "There are no accounts here"
+    if refusal is not None:
+        code, status, reply = refusal
+        return Answer(b"", "text/plain", {"Auth-Status": reply, "Auth-Wait": "3",
+                                          "Auth-Error-Code": f"{code} {status}"})
+    host, port_ = choose_server(request.app.settings.server_addr, text)
+    return Answer(b"", "text/plain", {"Auth-Status": "OK", "Auth-Server": host,
+                                      "Auth-Port": str(port_ or request.app.smtp_port)})
+
+
+@route("GET", "/healthz", open=True)
+def get_health(request: Request) -> Any:
+    """Say that the server lives and can read its store."""
+    request.store.find(1)
+    return {"status": "ok", "version": __version__}
+
+
+@route("GET", "/metrics")
+def get_metrics(request: Request) -> Any:
+    """Return figures in the text format of Prometheus."""
+    lines = []
+    for name, kind, help, values in request.app.metrics():
+        lines += [f"# HELP pegmail_{name} {help}", f"# TYPE pegmail_{name} {kind}"]
+        lines += [f"pegmail_{name}{labels} {value:.10g}" for labels, value in values]
+    return Answer(("\n".join(lines) + "\n").encode(), "text/plain; version=0.0.4; charset=utf-8")
+
+
+@route("GET", "/openapi.json")
+def get_openapi(request: Request) -> Any:
+    """Return the description of this API (OpenAPI 3.0)."""
+    paths: Dict[str, Any] = {}
+    for (method, path), entry in ROUTES.items():
+        params = [{"name": SPELLED.get(name, name), "in": "query", "schema": PARAMS[name].schema,
+                   "required": name in entry.required, "description": PARAMS[name].help}
+                  for name in entry.params]
+        problem = {"description": "An error.", "content": {"application/json": {
+            "schema": {"$ref": "#/components/schemas/Error"}}}}
+        paths.setdefault(path, {})[method.lower()] = {
+            "operationId": method.lower() + path.replace("/", "_").replace(".", "_"),
+            "summary": (entry.func.__doc__ or "").split("\n")[0], "parameters": params,
+            "responses": {"200": {"description": "The answer."}, "default": problem}}
+    error = {"type": "object", "required": ["error"],
+             "properties": {"error": {"type": "string"}}}
+    return {"openapi": "3.0.3", "paths": paths,
+            "info": {"title": "pegmail", "version": __version__},
+            "components": {"schemas": {"Error": error}, "securitySchemes": {
+                "token": {"type": "http", "scheme": "bearer"},
+                "basic": {"type": "http", "scheme": "basic"}}},
+            "security": [{"token": []}, {"basic": []}, {}]}
+
+
+# -- Answering: http.server's handler over one request in memory --
+
+class Result(NamedTuple):
+    """What the handler made of a request: bytes, further pieces, and how to go on."""
+    head: bytes
+    pieces: Optional[Iterator[bytes]] = None
+    chunked: bool = False
+    close: bool = False
+    wait: Optional[Tuple[float, int]] = None     # seconds, and the store's version that was seen
+
+
+class APIHandler(http.server.BaseHTTPRequestHandler):
+    """Answers one request that is in memory already; made by HTTPApp.answer."""
+
+    protocol_version = "HTTP/1.1"
+    server_version = "pegmail"
+    sys_version = ""
+
+    def __init__(self, app: "HTTPApp", data: bytes, peer: str, patient: bool) -> None:
+        self.app = app
+        self.rfile = io.BytesIO(data)
+        self.wfile: Any = io.BytesIO()
+        self.client_address = (peer, 0)
+        self.patient = patient          # a request that waits may be asked again later
+        self.result = Result(b"", close=True)
+        self.pieces: Optional[Iterator[bytes]] = None
+        self.chunked = False
+        self.wait: Optional[Tuple[float, int]] = None
+        self.headers: Any = {}
+        self.command = ""
+
+    def run(self) -> Result:
+        """Answer; return the result."""
+        self.handle_one_request()
+        return Result(self.wfile.getvalue(), self.pieces, self.chunked, self.close_connection,
+                      self.wait)
+
+    def do_GET(self) -> None:
+        """Answer whatever the method; named by http.server."""
+        seen = self.app.store.version
+        try:
+            try:
+                answer = self.find_answer()
+            except Nothing as nothing:
+                seconds = self.params.get("wait", 0)
+                if seconds and self.patient:
+                    self.wait = seconds, seen
+                    return
+                if isinstance(nothing.answer, Problem):
+                    raise nothing.answer from None
+                answer = nothing.answer
+            self.send_answer(answer)
+        except Problem as problem:
+            self.send_problem(problem)
+        except StoreError as error:
+            log.error("api: %s %s: %s", self.command, clean_line(self.path, 200), error)
+            self.send_problem(Problem(503, "the store cannot be used now, try again later",
+                                      Retry_After="5"))
+        except Exception:               # a border: a bug is logged and answered
+            log.exception("api: bug in %s %s", self.command, clean_line(self.path, 200))
+            self.send_problem(Problem(500, "internal error, see the log"))
+
+    do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_GET
+
+    def find_answer(self) -> Any:
+        """Check who asks and for what; return what the route returns."""
+        path, _, query = self.path.partition("?")
+        method = "GET" if self.command == "HEAD" else self.command
+        entry = ROUTES.get((method, path))
+        self.params: Dict[str, Any] = {}
+        self.app.check_access(self.client_address[0], self.headers, entry)
+        if entry is None:
+            allowed = [known for known, place in ROUTES if place == path]
+            if not allowed:
+                raise Problem(404, "no such path; /openapi.json lists them")
+            allowed += ["HEAD"] if "GET" in allowed else []
+            raise Problem(405, "method not allowed, use " + " or ".join(allowed),
+                          Allow=", ".join(allowed))
+        if method != "GET" or entry.func is set_read:
+            self.app.check_origin(self.headers)
+        self.params = read_params(entry, query, self.body_params())
+        return entry.func(Request(self.app, self.app.store, self.params, self.headers, method))
+
+    def body_params(self) -> List[Tuple[str, str]]:
+        """Return the parameters in the body: a form, or a JSON object."""
+        body = self.rfile.read()
+        if not body:
+            return []
+        kind = self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        try:
+            if kind == "application/x-www-form-urlencoded":
+                return read_query(body.decode("utf-8"))
+            if kind == "application/json":
+                values = json.loads(body)
+                return [(name, "" if value is None else str(int(value) if value in (True, False)
+                                                            else value))
+                        for name, value in values.items()]
+        except (ValueError, AttributeError, RecursionError, TypeError):
+            raise Problem(400, "the body cannot be read") from None
+        raise Problem(415, "a body needs Content-Type application/json or "
+                           "application/x-www-form-urlencoded")
+
+    def send_answer(self, answer: Any) -> None:
+        """Send what a route returned."""
+        if not isinstance(answer, Answer):
+            answer = Answer(json_text(answer).encode("utf-8", "replace"), "application/json")
+        body, headers = answer.body, dict(answer.headers)
+        headers["Content-Type"] = answer.mime
+        status = answer.status
+        if isinstance(body, bytes):
+            if self.command in ("GET", "HEAD") and "ETag" not in headers and status == 200:
+                tag = 'W/"%s"' % hashlib.blake2b(body, digest_size=12).hexdigest()
+                headers["ETag"] = tag
+                if is_known(tag, self.headers.get("If-None-Match", "")):
+                    status, body = 304, b""
+            if (len(body) > GZIP_SIZE and accepts_gzip(self.headers.get("Accept-Encoding", ""))):
+                body = gzip.compress(body, 5, mtime=0)
+                headers["Content-Encoding"] = "gzip"
+            headers["Vary"] = "Accept-Encoding"
+        self.send_parts(status, headers, body, answer.size)
+
+    def send_problem(self, problem: Problem) -> None:
+        """Send an error."""
+        body = json_text({"error": str(problem)}).encode("utf-8", "replace")
+        self.send_parts(problem.status, {"Content-Type": "application/json", **problem.headers},
+                        body, None)
+
+    def send_parts(self, status: int, headers: Dict[str, str],
+                   body: Union[bytes, Iterator[bytes]], size_: Optional[int]) -> None:
+        """Send status and header, and the body unless it was not asked for."""
+        self.app.count_answer(status)
+        self.send_response_only(status)
+        for name, value in headers.items():
+            self.send_header(name, header_value(value))
+        for name, value in COMMON_HEADERS:
+            self.send_header(name, value)
+        self.send_header("Date", self.date_time_string())
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        if isinstance(body, bytes):
+            size_ = len(body)
+        if size_ is not None and status != 304:
+            self.send_header("Content-Length", str(size_))
+        elif size_ is None and self.request_version >= "HTTP/1.1":
+            self.chunked = True
+            self.send_header("Transfer-Encoding", "chunked")
+        elif size_ is None:
+            self.close_connection = True
+        self.end_headers()
+        if self.command != "HEAD" and status != 304:
+            if isinstance(body, bytes):
+                self.wfile.write(body)
+            else:
+                self.pieces = body
+
+    def send_error(self, code: int, message: Optional[str] = None,
+                   explain: Optional[str] = None) -> None:
+        """Send an error that http.server found, as JSON."""
+        self.close_connection = True
+        self.request_version = "HTTP/1.1"
+        self.send_problem(Problem(code, clean_line(message or "bad request")))
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Log nothing: each answer is counted, each failure logged where it happens."""
+
+
+COMMON_HEADERS = (("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-cache"),
+                  ("Referrer-Policy", "no-referrer"), ("Server", "pegmail"))
+
+
+def header_value(text: str) -> str:
+    """Return a text as the value of a header field; the one door for such values."""
+    return re.sub(r"[^ -~]", "_", text)
+
+
+def is_known(tag: str, header: str) -> bool:
+    """Does an If-None-Match name this tag (RFC 9110 13.1.2)?"""
+    bare = tag[2:] if tag.startswith("W/") else tag
+    return header.strip() == "*" or bare in re.findall(r'"[^"]*"', header)
+
+
+def accepts_gzip(header: str) -> bool:
+    """Does an Accept-Encoding let gzip through (RFC 9110 12.5.3)?"""
+    match = re.search(r"(?:^|[\s,])(?:x-)?(?:gzip|\*)\s*(?:;\s*q=([\d.]+))?\s*(?:,|$)", header)
+    return bool(match) and (match.group(1) or "1").strip("0.") != ""    # type: ignore[union-attr]
+
+
+def read_query(query: str) -> List[Tuple[str, str]]:
+    """Return the names and values of a query."""
+    try:
+        return urllib.parse.parse_qsl(query, keep_blank_values=True, max_num_fields=50,
+                                      errors="strict")
+    except ValueError:
+        raise Problem(400, "the query cannot be read as UTF-8 names and values") from None
+
+
+def read_params(entry: Route, query: str, body: List[Tuple[str, str]]) -> Dict[str, Any]:
+    """Return a value for each parameter of a route. Raises Problem naming the one that is wrong."""
+    given = dict(read_query(query) + body if query else body)
+    values = {}
+    for name in entry.params:
+        param, spelled = PARAMS[name], SPELLED.get(name, name)
+        text = given.pop(spelled, None)
+        if text is None or (text == "" and name not in entry.required):
+            if name in entry.required:
+                raise Problem(400, f"{spelled}: is missing")
+            values[name] = param.default
+            continue
+        try:
+            values[name] = param.read(text)
+        except ValueError as error:
+            raise Problem(400, f"{spelled}: {error}") from None
+    for name in given:
+        known = [SPELLED.get(known, known) for known in entry.params]
+        raise Problem(400, f"{clean_line(name, 50)}: no such parameter here" + suggest(name, known))
+    return values
+
+
+class HTTPApp:
+    """What answers requests: access, routes, figures, and the requests that wait.
+
+    Made by Server. answer() runs in the pool, the waiting part on the loop's thread.
+    """
+
+    def __init__(self, settings: Settings, store: Store, intake: Intake, loop: Loop) -> None:
+        self.settings = settings
+        self.store = store
+        self.intake = intake
+        self.loop = loop
+        self.smtp_port = settings.smtp_port
+        self.answers: Dict[int, int] = collections.Counter()
+        self.lock = threading.Lock()
+        self.waiting: Dict[int, Done] = {}       # one for each waiting connection
+        self.numbers = itertools.count()
+        self.woken = 0.0
+        self.waking = False
+        self.limits: Dict[str, Limits] = {}
+        self.names = {"localhost", settings.hostname.lower(), settings.bind.lower(),
+                      *settings.server_host, *(name.lower() for name in settings.api_host)}
+        store.listeners.append(lambda: loop.call_soon(self.wake))
+
+    def answer(self, data: bytes, peer: str, patient: bool) -> Result:
+        """Answer a request: its bytes, who sent it, and whether it may still wait."""
+        return APIHandler(self, data, peer, patient).run()
+
+    def count_answer(self, status: int) -> None:
+        """Count an answer."""
+        with self.lock:
+            self.answers[status] += 1
+
+    # -- Who may ask --
+
+    def check_access(self, peer: str, headers: Any, entry: Optional[Route]) -> None:
+        """Refuse clients, Host names and tokens that are not allowed."""
+        token, networks = self.settings.api_token, self.settings.api_remote_address
+        if networks and not is_in_networks(peer, networks):
+            raise Problem(403, f"{peer} may not use this API (--api_remote_address)")
+        if not networks and not token and not is_loopback(peer):
+            raise Problem(403, "the API answers only this host; --api_token or "
+                               "--api_remote_address opens it")
+        if token and has_token(headers.get("Authorization", ""), token):
+            return
+        self.check_host(headers.get("Host", ""))
+        if token and not (entry and entry.open and (networks or is_loopback(peer))):
+            raise Problem(401, "a token is needed: Authorization: Bearer TOKEN",
+                          WWW_Authenticate='Basic realm="pegmail"')
+
+    def check_host(self, host: str) -> None:
+        """Refuse a Host that is not ours: a page elsewhere may have its name point here."""
+        try:
+            name = host_port(host)[0].lower() if host else "localhost"
+            ipaddress.ip_address(name)
+        except ValueError:
+            name = clean_line(host, 100).rpartition(":")[0].lower() or host.lower()
+            name = name if ":" in host else host.lower()
+            if name not in self.names:
+                raise Problem(403, f"the Host {ascii(name)} is not known; --api_host adds it"
+                              ) from None
+
+    def check_origin(self, headers: Any) -> None:
+        """Refuse a change that a page from elsewhere asks a browser for."""
+        origin = headers.get("Origin")
+        if origin is not None and origin.partition("://")[2] != headers.get("Host"):
+            raise Problem(403, "changes are not taken from pages of another origin")
+        if headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+            raise Problem(403, "changes are not taken from pages of another site")
+
+    # -- Requests that wait --
+
+    def wait_for_change(self, seconds: float, seen: int, done: Done) -> None:
+        """Call done(expired, None) after the next change, or when the time is over."""
+        if self.store.version != seen:
+            done(False, None)
+            return
+        key = next(self.numbers)
+
+        def expire() -> None:
+            if self.waiting.pop(key, None):
+                done(True, None)
+        timer = self.loop.call_later(seconds, expire)
+
+        def go_on(result: Any, error: Optional[BaseException]) -> None:
+            self.loop.cancel(timer)
+            done(result, error)
+        self.waiting[key] = go_on
+
+    def wake(self) -> None:
+        """Have all who wait look again, now or in a moment."""
+        if self.waking or not self.waiting:
+            return
+        pause = self.woken + WAKE_SECONDS - time.monotonic()
+        if pause > 0:
+            self.waking = True
+            self.loop.call_later(pause, self.wake_now)
+        else:
+            self.wake_now()
+
+    def wake_now(self) -> None:
+        """Have all who wait look again."""
+        self.waking = False
+        self.woken = time.monotonic()
+        waiting, self.waiting = self.waiting, {}
+        for done in waiting.values():
+            done(False, None)
+
+    # -- Figures --
+
+    def metrics(self) -> List[Tuple[str, str, str, List[Tuple[str, float]]]]:
+        """Return (name, type, help, [(labels, value)]) of each figure."""
+        store, intake, figures = self.store, self.intake, self.store.figures
+
+        def labelled(label: str, values: Dict[Any, int]) -> List[Tuple[str, float]]:
+            return [(f'{{{label}="{key}"}}', value) for key, value in list(values.items())]
+        limits = self.limits.items()
+        undigested = store.read_one("SELECT count(*) FROM message WHERE digested = 0") or (0,)
+        return [
+            ("received_total", "counter", "Messages received.", [("", intake.messages)]),
+            ("received_bytes_total", "counter", "Bytes of messages received.",
+             [("", intake.bytes)]),
+            ("refused_total", "counter", "Refusals by reply.", labelled("reply", intake.refused)),
+            ("connections", "gauge", "Open connections.",
+             [(f'{{port="{name}"}}', limit.count) for name, limit in limits]),
+            ("connections_refused_total", "counter", "Connections turned away.",
+             [(f'{{port="{name}"}}', limit.refused) for name, limit in limits]),
+            ("http_answers_total", "counter", "HTTP answers by status.",
+             labelled("status", self.answers)),
+            ("http_waiting", "gauge", "Requests that wait for mail.", [("", len(self.waiting))]),
+            ("messages", "gauge", "Messages in the store.", [("", store.total)]),
+            ("commits_total", "counter", "Transactions committed.", [("", figures["commits"])]),
+            ("commit_jobs_total", "counter", "Changes committed.", [("", figures["jobs"])]),
+            ("commit_seconds_total", "counter", "Time spent on transactions.",
+             [("", figures["commit_seconds"])]),
+            ("queue_jobs", "gauge", "Changes that wait for the writer.",
+             [("", store.jobs.qsize())]),
+            ("digest_lag", "gauge", "Messages not digested yet.", [("", undigested[0])]),
+            ("index_lag", "gauge", "Message numbers not indexed yet.",
+             [("", max(0, store.last_id - store.indexed) if store.has_index else 0)]),
+        ]
+
+
+def has_token(header: str, token: str) -> bool:
+    """Does an Authorization header carry the token, as Bearer or as Basic's password?"""
+    scheme, _, value = header.strip().partition(" ")
+    if scheme.lower() == "basic":
+        value = decode_base64(value.encode("utf-8", "replace")).decode("utf-8", "replace")
+        value = value.partition(":")[2]
+    elif scheme.lower() != "bearer":
+        return False
+    return hmac.compare_digest(value.strip().encode("utf-8", "replace"), token.encode("utf-8"))
+
+
+HEAD_END = re.compile(rb"\r?\n\r?\n")
+CONTENT_LENGTH = re.compile(rb"\ncontent-length[ \t]*:[ \t]*(\d{1,18})[ \t]*\r?(?=\n)", re.I)
+
+
+class HTTPSession(Session):
+    """One HTTP connection: collects requests, sends answers; made by Server."""
+
+    def __init__(self, app: HTTPApp, peer: str) -> None:
+        self.app = app
+        self.peer = peer
+        self.busy = False               # a request has begun to come in
+        super().__init__()
+
+    def run(self) -> Steps:
+        """Serve requests until one of the two sides has enough."""
+        close = False
+        while not (close or self.stopping):
+            data = yield from self.read_request()
+            if data is None:
+                return
+            result: Result = yield Work(self.app.answer, (data, self.peer, True))
+            deadline = time.monotonic() + (result.wait[0] if result.wait else 0)
+            while result.wait:
+                left = deadline - time.monotonic()
+                expired = left <= 0 or self.stopping or (yield Ask(
+                    self.app.wait_for_change, (left, result.wait[1])))
+                result = yield Work(self.app.answer, (data, self.peer, not expired))
+            self.write(result.head)
+            yield from self.send_pieces(result)
+            close = result.close
+
+    def read_request(self) -> Steps:
+        """Wait for a whole request; return its bytes, None after a refusal."""
+        self.busy = False
+        scanned = 0
+        while True:
+            match = HEAD_END.search(self.inbox, max(0, scanned - 3))
+            if match:
+                break
+            scanned = len(self.inbox)
+            self.busy = scanned > 0
+            if scanned > MAX_HEAD:
+                return self.refuse(431, "the header of the request is too large")
+            yield READ
+        head = bytes(self.inbox[:match.end()])
+        del self.inbox[:match.end()]
+        if re.search(rb"\ntransfer-encoding[ \t]*:", head, re.I):
+            return self.refuse(411, "a body needs Content-Length")
+        lengths = set(CONTENT_LENGTH.findall(head))
+        if len(lengths) > 1 or (not lengths and re.search(rb"\ncontent-length", head, re.I)):
+            return self.refuse(400, "Content-Length is not a number")
+        length = int(lengths.pop()) if lengths else 0
+        if length > MAX_BODY:
+            return self.refuse(413, f"the body is larger than {MAX_BODY} bytes")
+        if length > len(self.inbox) and re.search(rb"\nexpect[ \t]*:[ \t]*100", head, re.I):
+            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = yield from self.read_exactly(length)
+        return head + body
+
+    def refuse(self, status: int, text: str) -> None:
+        """Answer a request that is not even read, and end the connection."""
+        body = json_text({"error": text}).encode()
+        phrase = http.HTTPStatus(status).phrase
+        self.write(f"HTTP/1.1 {status} {phrase}\r\nContent-Type: application/json\r\n"
+                   f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
+        self.app.count_answer(status)
+
+    def send_pieces(self, result: Result) -> Steps:
+        """Send the pieces of an answer as the client takes them; each is read in the pool."""
+        if result.pieces is None:
+            return
+        yield DRAIN
+        while True:
+            piece = yield Work(next, (result.pieces, None))
+            if piece is None:
+                break
+            if piece:
+                self.write(b"%x\r\n%b\r\n" % (len(piece), piece) if result.chunked else piece)
+                yield DRAIN
+        if result.chunked:
+            self.write(b"0\r\n\r\n")
+
+    def stop(self, why: str) -> Wants:
+        """End an idle connection at once, another after its answer."""
+        self.stopping = True
+        if why == "shutdown" and self.wants is not READ:
+            return self.wants
+        if why == "timeout" and self.busy:
+            self.refuse(408, "the request did not come in time")
+        self.wants = None
+        return None
+
+
+# =====================================================================================
+# 9. Server and tools: all of it wired together, and the command line
+#
+# Server makes every part above and gives them to each other. main() answers the command line:
+# settings in, one line for each mistake of the operator, exit status 2 (usage) or 1.
+# =====================================================================================
+
+RELOAD_SECONDS = 10           # how often the certificate's files are looked at
+MAX_LOG = 10000               # log lines that wait to be written; more are counted and dropped
+
+
+# -- Logging --
+
+class LogWriter(logging.Handler):
+    """Formats log records and has a thread write them: a full pipe holds nobody up.
+
+    Made by main().
+    """
+
+    def __init__(self, file: Any, form: str) -> None:
+        super().__init__()
+        self.file = file
+        self.form = form
+        self.lines: "queue.SimpleQueue[Optional[str]]" = queue.SimpleQueue()   # about MAX_LOG
+        self.dropped = 0
+        self.thread = threading.Thread(target=self.run, name="log", daemon=True)
+        self.thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take a record."""
+        if self.lines.qsize() > MAX_LOG:
+            self.dropped += 1
+            return
+        try:
+            self.lines.put(self.line(record))
+        except Exception:               # a border: a bad record must not end a session
+            self.handleError(record)
+
+    def line(self, record: logging.LogRecord) -> str:
+        """Return a record as one line; a traceback follows it."""
+        text = record.getMessage()
+        if record.exc_info:
+            text += "\n" + logging.Formatter().formatException(record.exc_info)
+        if self.form == "text":
+            return text + "\n"
+        values = {"time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+                  + ".%03dZ" % (record.msecs), "level": record.levelname.lower()}
+        session, _, rest = text.partition(" ")
+        if re.fullmatch(r"[0-9a-f]{8}", session):
+            values["session"], text = session, rest
+        return json_text({**values, "text": text}) + "\n"
+
+    def run(self) -> None:
+        """Write what comes, all that waits at once, until None comes."""
+        while True:
+            lines = [self.lines.get()]
+            while not self.lines.empty() and len(lines) < 1000:
+                lines.append(self.lines.get())
+            if self.dropped:
+                lines.insert(0, f"{self.dropped} log lines were dropped\n")
+                self.dropped = 0
+            with contextlib.suppress(OSError, ValueError):      # nobody is there to be told
+                self.file.write("".join(line for line in lines if line is not None))
+                self.file.flush()
+            if None in lines:
+                return
+
+    def close(self) -> None:
+        """Write what waits and end the thread."""
+        self.lines.put(None)
+        self.thread.join(5)
+        super().close()
+
+
+# -- The server --
+
+class Server:
+    """Everything together: the store, the loop, the listeners. run() serves until stop()."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.listeners: List[Listener] = []
+        self.sockets: List[socket.socket] = []
+        self.stopping = False
+        self.cert_times: Any = None
+        context = load_certificate(settings)
+        raise_file_limit(settings.max_connections)
+        try:
+            self.open_sockets()
+            self.store = Store(settings.db_path, settings.media_path, settings.file_hash_length)
+        except BaseException:
+            self.close_sockets()
+            raise
+        self.loop = Loop()
+        self.intake = Intake(settings, self.store, self.loop)
+        self.intake.tls = context
+        self.cert_times = certificate_times(settings)
+        self.http = HTTPApp(settings, self.store, self.intake, self.loop)
+        self.http.smtp_port = self.port("smtp")
+        self.listen()
+
+    def open_sockets(self) -> None:
+        """Open every listening socket, so that a port in use is told at once."""
+        settings = self.settings
+        self.bound: List[Tuple[str, socket.socket]] = []
+        for kind in ("smtp", "api", "lmtp"):
+            number_ = getattr(settings, kind + "_port")
+            if number_ is not None:
+                sock = open_port(settings.bind, number_, f"--{kind}_port")
+                self.sockets.append(sock)
+                self.bound.append((kind, sock))
+        if settings.lmtp_socket:
+            sock = open_unix(settings.lmtp_socket)
+            self.sockets.append(sock)
+            self.bound.append(("lmtp", sock))
+
+    def close_sockets(self) -> None:
+        """Close the listening sockets, and remove the Unix socket's file."""
+        for sock in self.sockets:
+            if sock.fileno() >= 0 and sock.family == socket.AF_UNIX:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(sock.getsockname())
+            sock.close()
+
+    def port(self, kind: str) -> int:
+        """Return the port that was opened for smtp, api or lmtp."""
+        return next(sock.getsockname()[1] for name, sock in self.bound
+                    if name == kind and sock.family != socket.AF_UNIX)
+
+    def listen(self) -> None:
+        """Begin to accept on every socket."""
+        settings = self.settings
+        busy = Reply(421, "4.7.0", f"{settings.hostname} Too many connections, try again later")
+        crowded = (b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\n"
+                   b"Content-Length: 0\r\nConnection: close\r\n\r\n")
+        for kind, sock in self.bound:
+            limits = self.http.limits.setdefault(kind, Limits(
+                settings.max_connections, settings.max_connections_per_peer,
+                self.intake.is_trusted_proxy))
+            self.listeners.append(Listener(
+                self.loop, sock, functools.partial(self.make_session, kind),
+                crowded if kind == "api" else busy.encode(), settings.timeout,
+                settings.max_session, limits, self.tls_context))
+
+    def make_session(self, kind: str, peer: str) -> Session:
+        """Make the session of a new connection."""
+        if kind == "api":
+            return HTTPSession(self.http, peer)
+        session = LMTPSession if kind == "lmtp" else SMTPSession
+        return session(self.intake, peer, secrets.token_hex(4))
+
+    def tls_context(self) -> ssl.SSLContext:
+        """Return what TLS is begun with; a renewed certificate is a new one."""
+        assert self.intake.tls is not None
+        return self.intake.tls
+
+    def run(self) -> None:
+        """Serve until stop() was called and all is finished; close the store."""
+        self.loop.call_soon(self.watch_certificate)
+        try:
+            self.loop.run()
+        finally:
+            self.store.close()
+            self.close_sockets()
+
+    def stop(self, *_: Any) -> None:
+        """Stop: let what is being received finish, within --grace. The second call stops now."""
+        if self.stopping:
+            self.loop.stop()
+        self.stopping = True
+        self.loop.call_soon(self.begin_stop)
+
+    def begin_stop(self) -> None:
+        """Accept no more, say goodbye to all, and wait for the last."""
+        self.close_sockets_for_good()
+        for stream in list(self.loop.streams):
+            stream.stop("shutdown")
+        self.end_by = time.monotonic() + self.settings.grace
+        self.wait_for_streams()
+
+    def close_sockets_for_good(self) -> None:
+        """Close the listeners."""
+        for listener in self.listeners:
+            if listener.sock.fileno() >= 0:
+                with contextlib.suppress(KeyError):
+                    self.loop.selector.unregister(listener.sock)
+        self.close_sockets()
+
+    def wait_for_streams(self) -> None:
+        """End the loop when no connection is left or the grace is over."""
+        if not self.loop.streams or time.monotonic() >= self.end_by:
+            for stream in list(self.loop.streams):
+                stream.stop("timeout" if stream.session.wants is READ else "shutdown")
+            self.loop.stopped = True
+        else:
+            self.loop.call_later(0.05, self.wait_for_streams)
+
+    # -- Certificates --
+
+    def watch_certificate(self) -> None:
+        """Look, now and then, whether the certificate was renewed."""
+        if self.settings.ssl_cert and not self.stopping:
+            self.loop.work(self.renew_certificate, (False,), ignore)
+            self.loop.call_later(RELOAD_SECONDS, self.watch_certificate)
+
+    def reload(self, *_: Any) -> None:
+        """Read the certificate again, for SIGHUP."""
+        if self.settings.ssl_cert:
+            self.loop.work(self.renew_certificate, (True,), ignore)
+
+    def renew_certificate(self, anyway: bool) -> None:
+        """Read the certificate if its files have changed; sessions that run are left alone."""
+        times = certificate_times(self.settings)
+        if times == self.cert_times and not anyway:
+            return
+        self.cert_times = times
+        try:
+            self.intake.tls = load_certificate(self.settings)
+            log.info("the certificate was read again")
+        except SettingsError as error:
+            log.error("the old certificate stays in use: %s", error)
+
+
+def certificate_times(settings: Settings) -> Any:
+    """Return what changes when the certificate's files do."""
+    try:
+        return [os.stat(path)[stat.ST_MTIME:] + (os.stat(path).st_ino, os.stat(path).st_size)
+                for path in (settings.ssl_cert, settings.ssl_key) if path]
+    except OSError as error:
+        return str(error)
+
+
+def load_certificate(settings: Settings) -> Optional[ssl.SSLContext]:
+    """Return a context of TLS 1.2 or newer with the certificate, None if there is none."""
+    if not settings.ssl_cert:
+        return None
+    for name, path in (("ssl_cert", settings.ssl_cert), ("ssl_key", settings.ssl_key)):
+        try:
+            open(path, "rb").close()
+        except OSError as error:
+            raise SettingsError(f"--{name} {path}: cannot be read: {reason(error)}") from None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    try:
+        context.load_cert_chain(settings.ssl_cert, settings.ssl_key, password=lambda: "")
+    except (ssl.SSLError, ValueError, OSError) as error:
+        text = getattr(error, "reason", None) or str(error)
+        raise SettingsError(f"--ssl_cert {settings.ssl_cert}: does not work with --ssl_key "
+                            f"{settings.ssl_key}: {text}; both are to be PEM files that belong "
+                            "together, the key without a password") from None
+    return context
+
+
+def open_port(address: str, number_: int, option: str) -> socket.socket:
+    """Open a listening TCP socket, or say in one line why that fails."""
+    try:
+        family, kind, proto, _, place = socket.getaddrinfo(
+            address, number_, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except OSError:
+        raise SettingsError(f"--bind {address}: is no address of this host", 2) from None
+    sock = socket.socket(family, kind, proto)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(address != "::"))
+        sock.bind(place)
+        sock.listen(1024)
+    except OSError as error:
+        sock.close()
+        hints = {errno.EADDRINUSE: f"stop the other program or choose another {option}",
+                 errno.EACCES: f"ports below 1024 need a right; choose another {option}, or see "
+                               "--generate_systemd_unit",
+                 errno.EADDRNOTAVAIL: "--bind names no address of this host"}
+        hint = "; " + hints[error.errno] if error.errno in hints else ""
+        raise SettingsError(f"{option} {number_} on {address}: {reason(error)}{hint}") from None
+    return sock
+
+
+def open_unix(path: str) -> socket.socket:
+    """Open a listening Unix socket that only this user may use; a dead one is replaced."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if os.path.exists(path):
+            if not stat.S_ISSOCK(os.stat(path).st_mode):
+                raise OSError(errno.EEXIST, "there is a file that is no socket")
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                if probe.connect_ex(path) == 0:
+                    raise OSError(errno.EADDRINUSE, "another program uses it")
+            os.unlink(path)
+        mask = os.umask(0o177)
+        try:
+            sock.bind(path)
+        finally:
+            os.umask(mask)
+        sock.listen(1024)
+    except OSError as error:
+        sock.close()
+        raise SettingsError(f"--lmtp_socket {path}: {reason(error)}; choose another place"
+                            ) from None
+    return sock
+
+
+def raise_file_limit(connections: int) -> None:
+    """Ask for as many descriptors as the connections may need, as far as the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * connections + 200
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+
+
+# -- Generators --
+
+NGINX_MAIL = """\
+# nginx in front of pegmail: `nginx -t -c FILE` checks it. Start pegmail with
+#   {command} --trusted_proxy {proxy}
+# nginx asks pegmail's /auth where each recipient's mail goes, and names the client by XCLIENT.
+include /etc/nginx/modules-enabled/*.conf;
+worker_processes auto;
+error_log stderr warn;
+pid {pid};
+events {{ worker_connections 4096; }}
+mail {{
+    server_name {hostname};
+    auth_http {api}/auth;
+{token}    proxy_pass_error_message on;
+    server {{
+        listen {port};
+        protocol smtp;
+        smtp_auth none;
+        proxy on;
+        xclient on;
+        timeout 300s;
+        smtp_capabilities "SIZE {size}" PIPELINING 8BITMIME ENHANCEDSTATUSCODES;
+        # ssl_certificate /etc/letsencrypt/live/{hostname}/fullchain.pem;
+        # ssl_certificate_key /etc/letsencrypt/live/{hostname}/privkey.pem;
+        # starttls on;
+    }}
+}}
+"""
+
+NGINX_STREAM = """\
+# nginx in front of pegmail, which has the certificate: `nginx -t -c FILE` checks it. Start with
+#   {command} --trusted_proxy {proxy} --proxy_protocol
+# Bytes are passed on as they come; a PROXY header names the client.
+include /etc/nginx/modules-enabled/*.conf;
+worker_processes auto;
+error_log stderr warn;
+pid {pid};
+events {{ worker_connections 4096; }}
+stream {{
+    upstream pegmail {{
+        hash $remote_addr consistent;
+{servers}    }}
+    server {{
+        listen {port};
+        proxy_pass pegmail;
+        proxy_protocol on;
+        proxy_timeout 300s;
+    }}
+}}
+"""
+
+
+def quote_nginx(text: str) -> str:
+    """Return a text as one word of an nginx configuration."""
+    return '"' + re.sub(r'(["\\$])', r"\\\1", text) + '"'
+
+
+def nginx_configuration(settings: Settings) -> str:
+    """Return a configuration for nginx: mail proxy, or stream when pegmail has the certificate."""
+    words = ["python3 pegmail.py"]
+    for name in ("ssl_cert", "ssl_key"):
+        if getattr(settings, name):
+            words.append(f"--{name} {shlex.quote(getattr(settings, name))}")
+    if settings.server_host:
+        words.append("--server_host " + " ".join(map(shlex.quote, settings.server_host)))
+    servers = [(host, port_ or settings.smtp_port) for host, port_ in settings.server_addr]
+    local = "127.0.0.1" if settings.bind in ("127.0.0.1", "0.0.0.0", "::") else settings.bind
+    brackets = "[%s]" if ":" in local else "%s"
+    values = {
+        "command": " ".join(words), "proxy": "127.0.0.1", "hostname": settings.hostname,
+        "size": settings.max_size, "port": 25, "pid": "/run/nginx-pegmail.pid",
+        "api": f"{brackets % local}:{settings.api_port}",
+        "token": "    auth_http_header Authorization %s;\n" % quote_nginx(
+            "Bearer " + settings.api_token) if settings.api_token else "",
+        "servers": "".join("        server %s:%d;\n" % ("[%s]" % host if ":" in host else host,
+                                                       port_) for host, port_ in servers)}
+    return (NGINX_STREAM if settings.ssl_cert else NGINX_MAIL).format(**values)
+
+
+SYSTEMD_UNIT = """\
+# /etc/systemd/system/pegmail.service; then: systemctl enable --now pegmail
+[Unit]
+Description=pegmail mail server
+Wants=network-online.target
+After=network-online.target
+
+[Service]
+ExecStart={command}
+ExecReload=/bin/kill -HUP $MAINPID
+DynamicUser=yes
+StateDirectory=pegmail
+StateDirectoryMode=0700
+WorkingDirectory=%S/pegmail
+AmbientCapabilities=CAP_NET_BIND_SERVICE
+CapabilityBoundingSet=CAP_NET_BIND_SERVICE
+UMask=0077
+LimitNOFILE=65536
+Restart=on-failure
+TimeoutStopSec={stop}
+NoNewPrivileges=yes
+ProtectSystem=strict
+ProtectHome=read-only
+PrivateTmp=yes
+PrivateDevices=yes
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectControlGroups=yes
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+RestrictNamespaces=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+SystemCallArchitectures=native
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def systemd_unit(settings: Settings, arguments: Sequence[str]) -> str:
+    """Return a unit that starts pegmail with these arguments."""
+    words = [sys.executable, os.path.abspath(__file__)]
+    words += [word for word in arguments
+              if word.replace("-", "_") not in ("__generate_systemd_unit", "__check")]
+    quoted = ['"%s"' % word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+              .replace("$", "$$") if re.search(r"[^\w@:,./=-]", word) else word for word in words]
+    return SYSTEMD_UNIT.format(command=" ".join(quoted), stop=settings.grace + 20)
+
+
+# -- The command line --
+
+def start_lines(server: Server) -> str:
+    """Return what a start tells: where mail comes in, where it is read, where it is kept."""
+    settings = server.settings
+    host = f"[{settings.bind}]" if ":" in settings.bind else settings.bind
+    tls = " with STARTTLS" if settings.ssl_cert else ""
+    lines = [f"pegmail {__version__}",
+             f"  mail in:   smtp://{host}:{server.port('smtp')}{tls}",
+             f"  mail out:  http://{host}:{server.port('api')}/list"]
+    if settings.lmtp_port is not None:
+        lines.append(f"  LMTP:      {host}:{server.port('lmtp')}")
+    if settings.lmtp_socket:
+        lines.append(f"  LMTP:      {settings.lmtp_socket}")
+    domains = ", ".join(settings.server_host) or "any domain"
+    lines += [f"  takes:     mail for {domains}, at most {settings.max_size} bytes",
+              f"  kept in:   {os.path.abspath(settings.db_path)} and "
+              f"{os.path.abspath(settings.media_path)}", "Ctrl-C stops it."]
+    return "\n".join(lines) + "\n"
+
+
+def check_settings(settings: Settings) -> None:
+    """Do what a start does as far as that leaves no trace: read the certificate."""
+    load_certificate(settings)
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Run the command line; return the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        settings, actions = load_settings(arguments, dict(os.environ))
+        if "generate_nginx_config" in actions:
+            print(nginx_configuration(settings), end="")
+        if "generate_systemd_unit" in actions:
+            print(systemd_unit(settings, arguments), end="")
+        if "check" in actions:
+            check_settings(settings)
+            print("the configuration is fine")
+        if actions:
+            return 0
+        server = Server(settings)
+    except SettingsError as error:
+        print(f"pegmail: {error}", file=sys.stderr)
+        return error.status
+    return serve(server)
+
+
+def serve(server: Server) -> int:
+    """Run a server under the signals of a shell or a service manager."""
+    settings = server.settings
+    writer = LogWriter(sys.stderr, settings.log_format)
+    log.addHandler(writer)
+    log.setLevel(logging.DEBUG if settings.debug else logging.INFO)
+    log.propagate = False
+    logging.raiseExceptions = False
+    logging._srcfile = None             # type: ignore[attr-defined]  # the place is never shown
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, server.stop)
+    signal.signal(signal.SIGHUP, server.reload)
+    try:
+        sys.stdout.write(start_lines(server))
+        sys.stdout.flush()
+    except OSError:
+        pass                            # nobody reads it; the mail still comes
+    try:
+        server.run()
+    finally:
+        log.info("stopped")
+        log.removeHandler(writer)
+        writer.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
