@@ -64,7 +64,7 @@ import threading
 import time
 import types
 import urllib.parse
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import (Any, Callable, Dict, Generator, Iterable, Iterator, List, NamedTuple, Optional,
                     Sequence, Tuple, Union)
 
@@ -771,6 +771,7 @@ class Reply(NamedTuple):
     status: str
     text: str
 
+    @functools.lru_cache(maxsize=256)       # noqa: B019 (replies are values, and few)
     def encode(self) -> bytes:
         """Return the reply as it goes over the wire (RFC 5321 4.2.1, RFC 2034 4)."""
         status = self.status + " " if self.status else ""
@@ -1118,7 +1119,8 @@ SPOOL_SIZE = 64 << 10         # a larger message goes to a file while it arrives
 HOLE_SIZE = 4 << 10           # an encoded part from this size on stands in the media tree only
 MAX_BATCH = 64                # jobs of one transaction, and rows of one INSERT
 MAX_WAL = 32 << 20            # bytes from which on the writer empties the write-ahead log
-DIGEST_BATCH = 32             # messages digested for one transaction
+DIGEST_BATCH = 32             # messages digested for one transaction, and
+DIGEST_SECONDS = 0.02         # the time after which a batch is full
 INDEX_BATCH = 100             # rows indexed in one transaction; more would hold up a 250
 COUNT_CACHE = 256             # filters whose counts are remembered
 MAX_TREE_TEXT = 4 << 20       # characters of text in the body tree of one message
@@ -1136,10 +1138,8 @@ CREATE TABLE message (
     size INTEGER NOT NULL,                 -- of the raw message, trace fields included
     attachments INTEGER NOT NULL DEFAULT 0,
     digested INTEGER NOT NULL DEFAULT 0);
-CREATE INDEX message_received ON message (received);
-CREATE INDEX message_unread ON message (id) WHERE is_read = 0;
-CREATE INDEX message_read ON message (id) WHERE is_read = 1;
-CREATE INDEX message_undigested ON message (id) WHERE digested = 0;
+CREATE INDEX message_unread ON message (id) WHERE is_read = 0 AND digested = 1;
+CREATE INDEX message_read ON message (id) WHERE is_read = 1 AND digested = 1;
 CREATE TABLE content (
     id INTEGER PRIMARY KEY,
     peer TEXT NOT NULL,
@@ -1213,20 +1213,27 @@ class Digest(NamedTuple):
 # -- The media tree --
 
 class Media:
-    """The tree of content-addressed files; made by Store."""
+    """The tree of content-addressed files; made by Store.
+
+    An attachment of hash abcdef... stands at ab/cd/ef/...; a whole message that is too large for
+    a row has a name that begins with RAW, and stands in the folder of that name.
+    """
 
     def __init__(self, path: str, hash_bytes: int) -> None:
         self.root = path
         self.temporary = os.path.join(path, "tmp")
         self.digits = hash_bytes * 2
-        os.makedirs(self.temporary, mode=0o700, exist_ok=True)
+        for folder in (path, self.temporary, os.path.join(path, RAW)):
+            os.makedirs(folder, mode=0o700, exist_ok=True)
         for name in os.listdir(self.temporary):
             os.unlink(os.path.join(self.temporary, name))
 
     def path(self, name: str) -> str:
-        """Return where the file of that hash stands. Raises StoreError if it is no hash."""
-        if not re.fullmatch(r"[0-9a-f]{16,64}", name):
-            raise StoreError("not a hash")
+        """Return where the file of that name stands. Raises StoreError if it is none of ours."""
+        if not MEDIA_NAME.fullmatch(name):
+            raise StoreError("not the name of a media file")
+        if name.startswith(RAW):
+            return os.path.join(self.root, RAW, name[len(RAW):])
         return os.path.join(self.root, name[:2], name[2:4], name[4:6], name[6:])
 
     def has(self, name: str) -> bool:
@@ -1260,7 +1267,7 @@ class Media:
         path = self.path(name)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
-        for _ in range(3):
+        for _ in range(0 if name.startswith(RAW) else 3):
             path = os.path.dirname(path)
             try:
                 os.rmdir(path)
@@ -1268,13 +1275,17 @@ class Media:
                 return              # not empty, or just now filled again
 
     def walk(self) -> Iterator[Tuple[str, float]]:
-        """Yield the hash and the modification time of every file."""
+        """Yield the name and the modification time of every file."""
         for folder, _, names in os.walk(self.root):
             stem = os.path.relpath(folder, self.root).replace(os.sep, "")
             for name in names:
-                if re.fullmatch(r"[0-9a-f]{16,64}", stem + name):
+                if MEDIA_NAME.fullmatch(stem + name):
                     with contextlib.suppress(FileNotFoundError):
                         yield stem + name, os.path.getmtime(os.path.join(folder, name))
+
+
+RAW = "raw"
+MEDIA_NAME = re.compile(r"(?:raw)?[0-9a-f]{16,64}")
 
 
 class Spool:
@@ -1283,12 +1294,13 @@ class Spool:
     Made by Media and, for a message that arrives, by Store.spool; its methods block.
     """
 
-    def __init__(self, media: Media) -> None:
+    def __init__(self, media: Media, prefix: str = "") -> None:
         self.media = media
+        self.prefix = prefix            # RAW for a whole message
         self.path = ""
         self.handle = -1
         self.size = 0
-        self.hash = ""                  # known once finish() has run
+        self.hash = ""                  # the file's name; known once finish() has run
         self.head = b""                 # the header block, for a message
         self.sum = hashlib.sha256()
         self.lock = threading.Lock()    # a session may end while its bytes are being written
@@ -1313,20 +1325,19 @@ class Spool:
         self.sum.update(data)
         self.size += len(data)
 
-    def finish(self) -> str:
-        """Make the file durable under its hash; return the hash."""
+    def finish(self, data: bytes = b"") -> str:
+        """Add the last data and make the file durable under its name; return the name."""
         with self.lock:
             if self.dropped:
                 raise OSError(errno.ECANCELED, "the session has ended")
+            self.append(data)
             self.publish()
         self.discard()
         return self.hash
 
     def publish(self) -> None:
         """Give the file its name for good; the lock is held."""
-        if self.handle < 0:
-            self.append(b"")
-        name = self.sum.hexdigest()[:self.media.digits]
+        name = self.prefix + self.sum.hexdigest()[:self.media.digits]
         target = self.media.path(name)
         os.fsync(self.handle)
         folder = os.path.dirname(target)
@@ -1569,10 +1580,12 @@ class Digester:
         return digest._replace(kept=kept, holes=tuple(holes))
 
 
+JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
 def json_text(value: Any) -> str:
     """Return a value as JSON; a lone surrogate, which no text may hold, becomes `?`."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return text.encode("utf-8", "replace").decode("utf-8")
+    return JSON.encode(value).encode("utf-8", "replace").decode("utf-8")
 
 
 def readable_fields(fields: Sequence[Tuple[str, str]]) -> List[Tuple[str, str]]:
@@ -1689,9 +1702,14 @@ class Store:
         self.last_id = max(one("SELECT max(id) FROM message"),
                            one("SELECT value FROM meta WHERE name = 'last_id'"))
         self.first_id = one("SELECT min(id) FROM message")
-        self.last_time = one("SELECT max(received) FROM message")
-        self.read_count = one("SELECT count(*) FROM message WHERE is_read = 1")
-        self.total = self.read_count + one("SELECT count(*) FROM message WHERE is_read = 0")
+        self.last_time = one("SELECT received FROM message ORDER BY id DESC LIMIT 1")
+        self.digested = one("SELECT value FROM meta WHERE name = 'digested'")  # all up to here are
+        settled, tail = "is_read = %d AND digested = 1", "is_read = %d AND digested = 0 AND id > %d"
+        self.read_count, unread = (
+            one(f"SELECT count(*) FROM message WHERE {settled % state}")
+            + one(f"SELECT count(*) FROM message WHERE {tail % (state, self.digested)}")
+            for state in (1, 0))
+        self.total = self.read_count + unread
         self.indexed = one("SELECT rowid FROM search ORDER BY rowid DESC LIMIT 1"
                            ) if self.has_index else 0
 
@@ -1715,7 +1733,7 @@ class Store:
 
     def spool(self) -> Spool:
         """Return a file for the content of a large message."""
-        return Spool(self.media)
+        return Spool(self.media, RAW)
 
     def change(self, work: Callable[[sqlite3.Connection], Any]) -> Any:
         """Have the writer run work(connection) as one job; return its result once committed."""
@@ -1936,24 +1954,36 @@ class Store:
     def first_after(self, wanted: Filter) -> int:
         """Return the least id that `after` and `since` let through."""
         start = wanted.after + 1
-        if wanted.since:
-            row = self.read_one("SELECT id FROM message WHERE received >= ? "
-                                "ORDER BY received, id LIMIT 1", (wanted.since,))
-            start = max(start, row[0] if row else self.last_id + 1)
-        return start
+        return max(start, self.first_since(wanted.since)) if wanted.since else start
+
+    def first_since(self, received: int) -> int:
+        """Return an id that parts the messages before a time from those since: times only grow."""
+        low, high = self.first_id, self.last_id + 1
+        while low < high:
+            middle = (low + high) // 2
+            row = self.read_one("SELECT id, received FROM message WHERE id >= ? "
+                                "ORDER BY id LIMIT 1", (middle,))
+            if row is None or row[1] >= received:
+                high = middle
+            else:
+                low = row[0] + 1
+        return low
 
     def ranges(self, wanted: Filter) -> List[Tuple[int, int, str]]:
         """Return the ranges of ids to look through: (low, high, words for the index or "").
 
-        What is indexed is asked of the index, the newest tail that is not yet is scanned.
+        What is indexed is asked of the index, the newest tail that is not yet is scanned. So too
+        for the read state, whose indexes know only what is digested.
         """
         low, last = self.first_after(wanted), 1 << 62
         words = " AND ".join(f"{column} : {quote_words(text)}"
                              for column, text in zip(Filter._fields, wanted[:3])
                              if len(fold(text)) >= 3)
-        if not words or not self.has_index or low > self.indexed:
+        words = words if self.has_index else ""
+        border = self.indexed if words else self.digested if wanted.is_read is not None else 0
+        if low > border:
             return [(low, last, "")]
-        return [(low, self.indexed, words), (max(low, self.indexed + 1), last, "")]
+        return [(low, border, words), (border + 1, last, "")]
 
     def condition(self, wanted: Filter, low: int, high: int, words: str) -> Tuple[str, List[Any]]:
         """Return the WHERE of a filter within a range of ids, and its values."""
@@ -1974,6 +2004,7 @@ class Store:
                 values.append(fold(text))
         if wanted.is_read is not None:
             sql += " AND m.is_read = %d" % wanted.is_read
+            sql += " AND m.digested = 1" if high <= self.digested else ""
         return sql, values
 
     def raw(self, ident: int) -> Source:
@@ -2025,7 +2056,8 @@ class Store:
     def delete(self, ident: int) -> bool:
         """Remove a message, and the files nobody else needs; return False if there is none."""
         def work(db: sqlite3.Connection) -> Optional[List[str]]:
-            row = db.execute(f"SELECT {MESSAGE} FROM message AS m WHERE id = ?", (ident,)).fetchone()
+            row = db.execute(f"SELECT {MESSAGE} FROM message AS m WHERE id = ?",
+                             (ident,)).fetchone()
             if row is None:
                 return None
             files = [name for (name,) in db.execute(
@@ -2095,22 +2127,40 @@ class Store:
 
     def digest_some(self) -> int:
         """Digest the oldest messages that wait; return how many there were."""
-        rows = self.read_rows("SELECT id FROM message WHERE digested = 0 ORDER BY id LIMIT ?",
-                              (DIGEST_BATCH,))
-        begun, before = time.monotonic(), self.last_id
-        self.digest_now([ident for (ident,) in rows])
+        last = self.last_id
+        rows = self.read_rows("SELECT id FROM message WHERE id > ? AND id <= ? AND digested = 0 "
+                              "ORDER BY id LIMIT ?", (self.digested, last, DIGEST_BATCH))
+        begun, before, done = time.monotonic(), self.last_id, []
+        for (ident,) in rows:
+            done.append((ident, self.digest_one(ident)))
+            if time.monotonic() - begun > DIGEST_SECONDS:
+                break
+        self.keep_digests(done)
+        self.settle(done[-1][0] if done else last)
         self.yield_to_reception(begun, before)
         return len(rows)
 
+    def settle(self, upto: int) -> None:
+        """Note that every message up to this one is digested."""
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('digested', ?)", (upto,))
+        if upto > self.digested:
+            self.change(work)
+            self.digested = upto
+
     def yield_to_reception(self, begun: float, before: int) -> None:
         """Pause nine times as long as the work took if mail came in meanwhile."""
-        if self.last_id - before > 2 and not self.closing:
+        if self.last_id > before and not self.closing:
             time.sleep(min(1.0, 9 * (time.monotonic() - begun)))
 
     def digest_now(self, idents: Sequence[int]) -> None:
         """Digest these messages and keep the digests in one transaction."""
-        found = [(ident, digest) for ident in idents
-                 for digest in [self.digest_one(ident)] if digest is not None]
+        self.keep_digests([(ident, self.digest_one(ident)) for ident in idents])
+
+    def keep_digests(self, digests: Sequence[Tuple[int, Optional[Digest]]]) -> None:
+        """Have the writer keep digests, and remove the files that they replace."""
+        found = [(ident, digest) for ident, digest in digests if digest is not None]
         if found:
             replaced = self.change(functools.partial(self.save_digests, found))
             self.release(replaced)
@@ -2317,7 +2367,9 @@ class Loop:
         self.stopped = False
         self.buffer = memoryview(bytearray(READ_SIZE))
         self.streams: Dict["Stream", None] = {}
-        self.pool = ThreadPoolExecutor(POOL_THREADS, "pool")  # at most one job a connection waits
+        self.jobs: "queue.SimpleQueue[Any]" = queue.SimpleQueue()   # at most one a connection
+        self.pool = [threading.Thread(target=self.run_jobs, name="pool")
+                     for _ in range(POOL_THREADS)]
         self.waker, waker_end = socket.socketpair()
         self.waker.setblocking(False)
         waker_end.setblocking(False)
@@ -2365,6 +2417,8 @@ class Loop:
 
     def run(self) -> None:
         """Serve until stop()."""
+        for thread in self.pool:
+            thread.start()
         while not self.stopped:
             for key, events in self.selector.select(self.patience()):
                 key.data(events)
@@ -2375,7 +2429,10 @@ class Loop:
             self.run_timers()
         for stream in list(self.streams):
             stream.close()
-        self.pool.shutdown(wait=True)
+        for _ in self.pool:
+            self.jobs.put(None)
+        for thread in self.pool:
+            thread.join()
         self.selector.close()
         self.waker.close()
         self.waker_end.close()
@@ -2395,18 +2452,21 @@ class Loop:
         self.call_soon(setattr, self, "stopped", True)
 
     def work(self, func: Callable[..., Any], args: Tuple[Any, ...], done: Done) -> None:
-        """Run func(*args) in the pool; done hears of it there."""
-        def job() -> None:
+        """Run func(*args) in the pool; done hears of it there.
+
+        concurrent.futures does the same at ten times the cost, which a request would feel.
+        """
+        self.jobs.put((func, args, done))
+
+    def run_jobs(self) -> None:
+        """Run jobs until None comes; a thread of the pool."""
+        for func, args, done in iter(self.jobs.get, None):
             try:
                 result = func(*args)
             except Exception as error:      # a border: whoever asked hears of it
                 done(None, error)
             else:
                 done(result, None)
-        try:
-            self.pool.submit(job)
-        except RuntimeError as error:       # the pool is shut down
-            done(None, error)
 
 
 class Stream:
@@ -2888,7 +2948,7 @@ class Receiver:
         if self.refusal is None:
             self.refusal = SMTPError(code, status, text, cause)
 
-    def take(self, data: bytes, last: bool) -> Steps:
+    def take(self, data: bytes, last: bool = False) -> Steps:
         """Take the next bytes; wants Work when a spool is to be written."""
         self.received += len(data)
         if self.refusal is None:
@@ -2906,7 +2966,7 @@ class Receiver:
             return
         self.pieces.append(data)
         self.pending += len(data)
-        if self.pending > SPOOL_SIZE or (last and self.spool):
+        if self.pending > SPOOL_SIZE and not (last and self.spool):
             yield from self.write_spool()
 
     def cleaned(self, data: bytes, last: bool) -> bytes:
@@ -2941,17 +3001,22 @@ class Receiver:
 
     def write_spool(self) -> Steps:
         """Hand what is in memory to the spool, in the pool."""
-        data = b"".join(self.pieces)
-        self.pieces, self.pending = [], 0
+        data = self.gathered()
         if self.spool is None:
             self.spool = self.make_spool()
             self.check_header(data)
-        if self.header_tail is not None:
-            self.watch_header(data)
         try:
             yield Work(self.spool.write, (data,))
         except OSError as error:
             self.refuse_disk(error)
+
+    def gathered(self) -> bytes:
+        """Return what is in memory, and forget it."""
+        data = b"".join(self.pieces)
+        self.pieces, self.pending = [], 0
+        if self.header_tail is not None:
+            self.watch_header(data)
+        return data
 
     def watch_header(self, data: bytes) -> None:
         """Refuse a message whose header is still going on past the limit."""
@@ -2984,11 +3049,11 @@ class Receiver:
         """Return the content, bytes or a finished Spool; raise the refusal if there is one."""
         content: Union[bytes, Spool] = b""
         if self.refusal is None and self.spool is None:
-            content = self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces)
+            content = self.gathered()
             self.check_header(content)
         elif self.refusal is None and self.spool is not None:
             try:
-                yield Work(self.spool.finish)
+                yield Work(self.spool.finish, (self.gathered(),))
                 content = self.spool
             except OSError as error:
                 self.refuse_disk(error)
@@ -3225,6 +3290,7 @@ class SMTPSession(Session):
     def do_MAIL(self, arg: str) -> Reply:
         """Open a transaction (RFC 5321 4.1.1.2)."""
         address, params = self.parse_path("FROM:", arg, "MAIL")
+        text = address.text if address else ""
         utf8 = binary = False
         for name, value in params.items():
             if name == "SIZE" and value.isdigit() and len(value) <= 20:       # RFC 1870 6
@@ -3239,43 +3305,44 @@ class SMTPSession(Session):
                 raise SMTPError(501, "5.5.4", f"Value of {name} is not valid")
             else:
                 raise SMTPError(555, "5.5.4", f"Parameter {name[:40]} is not known")
-        self.check_ascii(address, utf8)
-        self.sender, self.utf8, self.binary = address, utf8, binary
+        self.check_ascii(text, utf8)
+        self.sender, self.utf8, self.binary = text, utf8, binary
         return SENDER_OK
 
     @smtp("RCPT TO:<address>", needs=(greeted, safe_enough, has_sender, no_chunks))
     def do_RCPT(self, arg: str) -> Reply:
         """Add a recipient (RFC 5321 4.1.1.3)."""
-        text, params = self.parse_path("TO:", arg, "RCPT")
+        address, params = self.parse_path("TO:", arg, "RCPT")
         for name in params:
             raise SMTPError(555, "5.5.4", f"Parameter {name[:40]} is not known")
         if len(self.recipients) >= self.settings.max_recipients:
             raise SMTPError(452, "4.5.3", "Too many recipients, send the rest in another message")
-        self.check_ascii(text, self.utf8)
-        refusal = self.app.refuse_recipient(parse_address(text) if text else None)
+        if address is None:
+            raise SMTPError(553, "5.1.3", "A recipient needs an address")
+        self.check_ascii(address.text, self.utf8)
+        refusal = self.app.refuse_recipient(address)
         if refusal is not None:
             raise SMTPError(*refusal)
-        self.recipients.append(text)
+        self.recipients.append(address.text)
         return RECIPIENT_OK
 
-    def parse_path(self, word: str, arg: str, verb: str) -> Tuple[str, Dict[str, str]]:
+    def parse_path(self, word: str, arg: str, verb: str,
+                   ) -> Tuple[Optional[Address], Dict[str, str]]:
         """Read `FROM:<address> NAME=value ...`; source routes are dropped (RFC 5321 4.1.2)."""
         rest = arg[len(word):].lstrip() if arg[:len(word)].upper() == word else ""
         match = PATH.fullmatch(rest) or PLAIN_PATH.fullmatch(rest)
         if not match:
             raise SMTPError(501, "5.5.4", f"Syntax: {verb} {word}<address>")
-        address = match.group(1).strip()
+        text = match.group(1).strip()
         params = {}
         for param in (match.group(2) or "").split():
             name, _, value = param.partition("=")
             params[name.upper()] = value
         try:
-            if address:
-                parse_address(address)
+            return parse_address(text) if text else None, params
         except ValueError as error:
             status = "5.1.7" if verb == "MAIL" else "5.1.3"
             raise SMTPError(553, status, f"Address is not valid: {error}") from None
-        return address, params
 
     def check_ascii(self, address: str, utf8: bool) -> None:
         """Refuse an address beyond ASCII unless SMTPUTF8 was asked for (RFC 6531 3.5)."""
@@ -3310,22 +3377,23 @@ class SMTPSession(Session):
         stop, dot = eol + b"." + eol, eol + b"."
         self.inbox[:0] = eol
         begun = len(eol)                # bytes at the front that are not content
-        scanned = 0
+        scanned, dotted = 0, -1
         while True:
-            end = self.inbox.find(stop, max(0, scanned - len(stop)))
+            dotted = self.inbox.find(dot, scanned) if dotted < 0 else dotted
+            end = self.inbox.find(stop, max(dotted, scanned)) if dotted >= 0 else -1
             if end >= 0:
-                data = bytes(self.inbox[:end + len(eol)]).replace(dot, eol)
+                data = bytes(self.inbox[begun:end + len(eol)])
                 del self.inbox[:end + len(stop)]
-                yield from body.take(data[begun:], True)
+                yield from body.take(undotted(data, dot, eol, begun), True)
                 return
             if len(self.inbox) >= READ_SIZE:
                 cut = self.inbox.rfind(eol)
                 cut = cut if cut > 0 else len(self.inbox) - keep
-                data = bytes(self.inbox[:cut]).replace(dot, eol)
+                data = bytes(self.inbox[begun:cut])
                 del self.inbox[:cut]
-                yield from body.take(data[begun:], False)
-                begun = 0
-            scanned = len(self.inbox)
+                yield from body.take(undotted(data, dot, eol, begun) if dotted >= 0 else data)
+                begun, dotted = 0, -1
+            scanned = max(0, len(self.inbox) - keep)
             yield READ
 
     @smtp("BDAT size [LAST]", needs=(greeted, safe_enough))
@@ -3516,6 +3584,12 @@ class SMTPSession(Session):
             self.closing = "no PROXY header"
 
 
+def undotted(data: bytes, dot: bytes, eol: bytes, begun: int) -> bytes:
+    """Undo dot-stuffing; begun says that data begins a line whose line end is not there."""
+    data = data[1:] if begun and data.startswith(b".") else data
+    return data.replace(dot, eol)
+
+
 def proxy_address(command: int, family: int, data: bytes) -> str:
     """Return the source address of a PROXY v2 header; nothing for health checks (LOCAL)."""
     size = {1: 4, 2: 16}.get(family, 0)
@@ -3600,13 +3674,11 @@ class Intake:
         """May this peer speak for others?"""
         return is_in_networks(peer, self.settings.trusted_proxy)
 
-    def refuse_recipient(self, address: Optional[Address]) -> Optional[Tuple[int, str, str]]:
+    def refuse_recipient(self, address: Address) -> Optional[Tuple[int, str, str]]:
         """Return the reply for a recipient that is not ours, None for one that is.
 
         <postmaster> without a domain always is (RFC 5321 4.5.1).
         """
-        if address is None:
-            return 553, "5.1.3", "A recipient needs an address"
         if not self.domains or (not address.domain and address.local.lower() == "postmaster"):
             return None
         if normalize_domain(address.domain) in self.domains:
@@ -3781,6 +3853,7 @@ class Route(NamedTuple):
     params: Tuple[str, ...]
     required: Tuple[str, ...]
     open: bool                          # no token is asked for
+    changes: bool                       # not for a HEAD, nor for a page from elsewhere
 
 
 ROUTES: Dict[Tuple[str, str], Route] = {}
@@ -3793,7 +3866,7 @@ def route(methods: str, *paths: str, params: Sequence[str] = (), required: Seque
         for path in paths:
             for method in methods.split():
                 ROUTES[method, path] = Route(method, path, func, tuple(required) + tuple(params),
-                                             tuple(required), open)
+                                             tuple(required), open, methods != "GET")
         return func
     return enter
 
@@ -3890,7 +3963,7 @@ def found_or_nothing(answer: Dict[str, Any]) -> Any:
     raise Nothing(answer)
 
 
-def list_messages(request: Request, items: Callable[[Sequence[Message]], Sequence[str]]) -> Any:
+def list_messages(request: Request, items: Callable[[Sequence[Message]], str]) -> Any:
     """Return the page of messages that the parameters describe, in the form they ask for."""
     params, wanted = request.params, request.filter()
     messages = request.store.page(wanted, params["count"], params["offset"],
@@ -3899,10 +3972,10 @@ def list_messages(request: Request, items: Callable[[Sequence[Message]], Sequenc
         answer = Answer("".join(map(text_line, messages)).encode("utf-8", "replace"),
                         "text/plain; charset=utf-8")
     elif params["format"] == "mbox":
-        answer = Answer(mbox_pieces(request.store, messages), "application/mbox")
+        tag = make_tag(str([message.id for message in messages]).encode())
+        answer = Answer(mbox_pieces(request.store, messages), "application/mbox", {"ETag": tag})
     else:
-        text = '{"items":[%s],"count":%d}' % (",".join(items(messages)),
-                                              request.store.count(wanted))
+        text = '{"items":[%s],"count":%d}' % (items(messages), request.store.count(wanted))
         answer = Answer(text.encode("utf-8", "replace"), "application/json")
     if messages or not params["count"]:
         return answer
@@ -3913,15 +3986,15 @@ def list_messages(request: Request, items: Callable[[Sequence[Message]], Sequenc
 @route("GET", "/filter_list", "/search_list", params=FILTERS + PAGES)
 def get_list(request: Request) -> Any:
     """List messages with headers and body."""
-    return list_messages(request, functools.partial(full_items, request.store))
+    return list_messages(request, lambda messages: ",".join(full_items(request.store, messages)))
 
 
 @route("GET", "/list_short", params=START + PAGES)
 @route("GET", "/filter_list_short", "/search_list_short", params=FILTERS + PAGES)
 def get_list_short(request: Request) -> Any:
     """List messages without headers and body."""
-    return list_messages(request, lambda messages: [json_text(short_item(message))
-                                                    for message in messages])
+    return list_messages(request, lambda messages: json_text(
+        [short_item(message) for message in messages])[1:-1])
 
 
 def find_mail(request: Request) -> Message:
@@ -3981,7 +4054,8 @@ def show_raw(request: Request, message: Message) -> Answer:
         source = request.store.raw(message.id)
     except KeyError:
         raise no_such_mail() from None
-    headers = {"Content-Disposition": content_disposition("attachment", f"{message.id}.eml")}
+    headers = {"Content-Disposition": content_disposition("attachment", f"{message.id}.eml"),
+               "ETag": f'"{message.id}-{message.size}"'}
     return Answer(source.windows(0, source.size), "message/rfc822", headers, source.size)
 
 
@@ -4023,8 +4097,6 @@ def get_media(request: Request) -> Any:
                "Content-Security-Policy": "sandbox; default-src 'none'",
                "Content-Disposition": content_disposition(
                    "inline" if mime in INLINE else "attachment", filename)}
-    if is_known(f'"{name}"', request.headers.get("If-None-Match", "")):
-        return Answer(b"", mime, headers, status=304)
     if mime.startswith("text/"):
         mime += "; charset=utf-8"
     try:
@@ -4205,19 +4277,22 @@ class APIHandler(http.server.BaseHTTPRequestHandler):
 
     def find_answer(self) -> Any:
         """Check who asks and for what; return what the route returns."""
-        path, _, query = self.path.partition("?")
+        target = re.sub(r"^https?://[^/?]*", "", self.path, flags=re.I)     # RFC 9112 3.2.2
+        path, _, query = target.partition("?")
         method = "GET" if self.command == "HEAD" else self.command
         entry = ROUTES.get((method, path))
+        if entry and entry.changes and self.command == "HEAD":
+            entry = None
         self.params: Dict[str, Any] = {}
         self.app.check_access(self.client_address[0], self.headers, entry)
         if entry is None:
             allowed = [known for known, place in ROUTES if place == path]
             if not allowed:
                 raise Problem(404, "no such path; /openapi.json lists them")
-            allowed += ["HEAD"] if "GET" in allowed else []
+            allowed += ["HEAD"] if allowed == ["GET"] else []
             raise Problem(405, "method not allowed, use " + " or ".join(allowed),
                           Allow=", ".join(allowed))
-        if method != "GET" or entry.func is set_read:
+        if entry.changes:
             self.app.check_origin(self.headers)
         self.params = read_params(entry, query, self.body_params())
         return entry.func(Request(self.app, self.app.store, self.params, self.headers, method))
@@ -4245,19 +4320,18 @@ class APIHandler(http.server.BaseHTTPRequestHandler):
         """Send what a route returned."""
         if not isinstance(answer, Answer):
             answer = Answer(json_text(answer).encode("utf-8", "replace"), "application/json")
-        body, headers = answer.body, dict(answer.headers)
-        headers["Content-Type"] = answer.mime
-        status = answer.status
+        body, status = answer.body, answer.status
+        headers = {"Content-Type": answer.mime, **answer.headers}
         if isinstance(body, bytes):
-            if self.command in ("GET", "HEAD") and "ETag" not in headers and status == 200:
-                tag = 'W/"%s"' % hashlib.blake2b(body, digest_size=12).hexdigest()
-                headers["ETag"] = tag
-                if is_known(tag, self.headers.get("If-None-Match", "")):
-                    status, body = 304, b""
-            if (len(body) > GZIP_SIZE and accepts_gzip(self.headers.get("Accept-Encoding", ""))):
-                body = gzip.compress(body, 5, mtime=0)
-                headers["Content-Encoding"] = "gzip"
             headers["Vary"] = "Accept-Encoding"
+            if self.command in ("GET", "HEAD"):
+                headers.setdefault("ETag", make_tag(body))
+        if is_known(headers.get("ETag", ""), self.headers.get("If-None-Match", "")):
+            status, body = 304, b""
+        elif (isinstance(body, bytes) and len(body) > GZIP_SIZE
+                and accepts_gzip(self.headers.get("Accept-Encoding", ""))):
+            body = gzip.compress(body, 5, mtime=0)
+            headers["Content-Encoding"] = "gzip"
         self.send_parts(status, headers, body, answer.size)
 
     def send_problem(self, problem: Problem) -> None:
@@ -4314,8 +4388,15 @@ def header_value(text: str) -> str:
     return re.sub(r"[^ -~]", "_", text)
 
 
+def make_tag(data: bytes) -> str:
+    """Return an entity tag for data (RFC 9110 8.8.3); weak, as it may leave in gzip or not."""
+    return 'W/"%s"' % hashlib.blake2b(data, digest_size=12).hexdigest()
+
+
 def is_known(tag: str, header: str) -> bool:
     """Does an If-None-Match name this tag (RFC 9110 13.1.2)?"""
+    if not tag or not header:
+        return False
     bare = tag[2:] if tag.startswith("W/") else tag
     return header.strip() == "*" or bare in re.findall(r'"[^"]*"', header)
 
@@ -4473,7 +4554,6 @@ class HTTPApp:
         def labelled(label: str, values: Dict[Any, int]) -> List[Tuple[str, float]]:
             return [(f'{{{label}="{key}"}}', value) for key, value in list(values.items())]
         limits = self.limits.items()
-        undigested = store.read_one("SELECT count(*) FROM message WHERE digested = 0") or (0,)
         return [
             ("received_total", "counter", "Messages received.", [("", intake.messages)]),
             ("received_bytes_total", "counter", "Bytes of messages received.",
@@ -4493,7 +4573,8 @@ class HTTPApp:
              [("", figures["commit_seconds"])]),
             ("queue_jobs", "gauge", "Changes that wait for the writer.",
              [("", store.jobs.qsize())]),
-            ("digest_lag", "gauge", "Messages not digested yet.", [("", undigested[0])]),
+            ("digest_lag", "gauge", "Message numbers not digested yet.",
+             [("", max(0, store.last_id - store.digested))]),
             ("index_lag", "gauge", "Message numbers not indexed yet.",
              [("", max(0, store.last_id - store.indexed) if store.has_index else 0)]),
         ]
@@ -4538,8 +4619,13 @@ class HTTPSession(Session):
                     self.app.wait_for_change, (left, result.wait[1])))
                 result = yield Work(self.app.answer, (data, self.peer, not expired))
             self.write(result.head)
-            yield from self.send_pieces(result)
             close = result.close
+            if result.pieces is not None:
+                try:
+                    yield from self.send_pieces(result.pieces, result.chunked)
+                except (KeyError, OSError, StoreError) as error:    # deleted while it was sent
+                    log.warning("api: an answer was cut short: %s", reason(error))
+                    return
 
     def read_request(self) -> Steps:
         """Wait for a whole request; return its bytes, None after a refusal."""
@@ -4577,19 +4663,17 @@ class HTTPSession(Session):
                    f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
         self.app.count_answer(status)
 
-    def send_pieces(self, result: Result) -> Steps:
+    def send_pieces(self, pieces: Iterator[bytes], chunked: bool) -> Steps:
         """Send the pieces of an answer as the client takes them; each is read in the pool."""
-        if result.pieces is None:
-            return
         yield DRAIN
         while True:
-            piece = yield Work(next, (result.pieces, None))
+            piece = yield Work(next, (pieces, None))
             if piece is None:
                 break
             if piece:
-                self.write(b"%x\r\n%b\r\n" % (len(piece), piece) if result.chunked else piece)
+                self.write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
                 yield DRAIN
-        if result.chunked:
+        if chunked:
             self.write(b"0\r\n\r\n")
 
     def stop(self, why: str) -> Wants:
@@ -4612,6 +4696,7 @@ class HTTPSession(Session):
 
 RELOAD_SECONDS = 10           # how often the certificate's files are looked at
 MAX_LOG = 10000               # log lines that wait to be written; more are counted and dropped
+LOG_SECONDS = 0.05            # lines are gathered that long: a wake-up a line costs more than it
 
 
 # -- Logging --
@@ -4659,7 +4744,7 @@ class LogWriter(logging.Handler):
         """Write what comes, all that waits at once, until None comes."""
         while True:
             lines = [self.lines.get()]
-            while not self.lines.empty() and len(lines) < 1000:
+            while not self.lines.empty() and len(lines) < MAX_LOG:
                 lines.append(self.lines.get())
             if self.dropped:
                 lines.insert(0, f"{self.dropped} log lines were dropped\n")
@@ -4669,6 +4754,7 @@ class LogWriter(logging.Handler):
                 self.file.flush()
             if None in lines:
                 return
+            time.sleep(LOG_SECONDS)
 
     def close(self) -> None:
         """Write what waits and end the thread."""
@@ -4780,6 +4866,7 @@ class Server:
         self.close_sockets_for_good()
         for stream in list(self.loop.streams):
             stream.stop("shutdown")
+        self.http.wake_now()
         self.end_by = time.monotonic() + self.settings.grace
         self.wait_for_streams()
 
@@ -5101,6 +5188,7 @@ def serve(server: Server) -> int:
     log.propagate = False
     logging.raiseExceptions = False
     logging._srcfile = None             # type: ignore[attr-defined]  # the place is never shown
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, server.stop)
     signal.signal(signal.SIGHUP, server.reload)
