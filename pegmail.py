@@ -3491,7 +3491,7 @@ class SMTPSession(Session):
         """Neither confirm nor deny (RFC 5321 3.5.3)."""
         if not arg:
             raise SMTPError(501, "5.5.4", "Syntax: VRFY address")
-        return Reply(252, "2.5.2", "Send mail and it will be seen")
+        return Reply(252, "2.0.0", "Send mail and it will be seen")
 
     @smtp("HELP [command]")
     def do_HELP(self, arg: str) -> Reply:
@@ -4149,12 +4149,12 @@ def delete(request: Request) -> Any:
 def get_auth(request: Request) -> Any:
     """Answer nginx's question where a client's mail shall go (ngx_mail_auth_http_module)."""
     headers = request.headers
-    text = headers.get("Auth-SMTP-To", "").strip()
+    text = decode_text(headers.get("Auth-SMTP-To", "").strip().encode("latin-1", "replace"))
     match = re.fullmatch(r"(?i)(?:RCPT\s+)?TO:\s*(.*)", text)
     match = PATH.fullmatch(match.group(1) if match else text)
     text = match.group(1) if match else text.partition(" ")[0]
     try:
-        refusal = request.app.intake.refuse_recipient(parse_address(text)) if text else None
+        refusal = request.app.intake.refuse_recipient(parse_address(text))
     except ValueError as error:
         refusal = 553, "5.1.3", f"Address is not valid: {error}"
     if headers.get("Auth-Protocol", "smtp").lower() != "smtp":
@@ -4166,7 +4166,8 @@ def get_auth(request: Request) -> Any:
         return Answer(b"", "text/plain", {"Auth-Status": reply, "Auth-Wait": "3",
                                           "Auth-Error-Code": f"{code} {status}"})
     host, port_ = choose_server(request.app.settings.server_addr, text)
-    return Answer(b"", "text/plain", {"Auth-Status": "OK", "Auth-Server": host,
+    return Answer(b"", "text/plain", {"Auth-Status": "OK",
+                                      "Auth-Server": request.app.server_addresses[host],
                                       "Auth-Port": str(port_ or request.app.smtp_port)})
 
 
@@ -4438,6 +4439,14 @@ def read_params(entry: Route, query: str, body: List[Tuple[str, str]]) -> Dict[s
     return values
 
 
+def resolve_host(host: str) -> str:
+    """Return the IP address of a host, which is what nginx wants to hear."""
+    try:
+        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError as error:
+        raise SettingsError(f"--server_addr {host}: has no address: {reason(error)}") from None
+
+
 class HTTPApp:
     """What answers requests: access, routes, figures, and the requests that wait.
 
@@ -4450,6 +4459,7 @@ class HTTPApp:
         self.intake = intake
         self.loop = loop
         self.smtp_port = settings.smtp_port
+        self.server_addresses = {host: resolve_host(host) for host, _ in settings.server_addr}
         self.answers: Dict[int, int] = collections.Counter()
         self.lock = threading.Lock()
         self.waiting: Dict[int, Done] = {}       # one for each waiting connection
@@ -4786,7 +4796,12 @@ class Server:
         self.intake = Intake(settings, self.store, self.loop)
         self.intake.tls = context
         self.cert_times = certificate_times(settings)
-        self.http = HTTPApp(settings, self.store, self.intake, self.loop)
+        try:
+            self.http = HTTPApp(settings, self.store, self.intake, self.loop)
+        except SettingsError:
+            self.store.close()
+            self.close_sockets()
+            raise
         self.http.smtp_port = self.port("smtp")
         self.listen()
 
