@@ -1621,6 +1621,12 @@ class Job(NamedTuple):
     done: Done
 
 
+def hear_all(answers: List[Tuple[Done, Any]]) -> None:
+    """Tell each of those who wait their result."""
+    for done, result in answers:
+        done(result, None)
+
+
 class Store:
     """The database and the media tree. Every method but add() may block.
 
@@ -1653,7 +1659,8 @@ class Store:
         self.started = now()
         self.local = threading.local()
         self.readers: List[sqlite3.Connection] = []
-        self.jobs: "queue.SimpleQueue[Optional[Job]]" = queue.SimpleQueue()   # one a connection
+        self.jobs: "queue.SimpleQueue[Sequence[Optional[Job]]]" = queue.SimpleQueue()
+        self.hand_over: Callable[[List[Tuple[Done, Any]]], None] = hear_all     # see commit()
         self.wanted = threading.Event()  # there is something to digest or to index
         self.wanted.set()
         self.closing = False
@@ -1718,7 +1725,7 @@ class Store:
         self.closing = True
         self.wanted.set()
         self.threads[1].join(10)
-        self.jobs.put(None)
+        self.jobs.put((None,))
         self.threads[0].join()
         for db in self.readers:
             db.close()
@@ -1727,9 +1734,12 @@ class Store:
 
     # -- Writing --
 
-    def add(self, incoming: Incoming, done: Done) -> None:
-        """Keep a message; done(id, None) once it is on the disk, or done(None, StoreError)."""
-        self.jobs.put(Job(incoming, done))
+    def add(self, jobs: Sequence[Job]) -> None:
+        """Keep the messages of these jobs: done(id, None) once they are on the disk.
+
+        Or done(None, StoreError). Never blocks; a connection has one message under way at most.
+        """
+        self.jobs.put(jobs)
 
     def spool(self) -> Spool:
         """Return a file for the content of a large message."""
@@ -1744,22 +1754,22 @@ class Store:
                 future.set_result(result)
             else:
                 future.set_exception(error)
-        self.jobs.put(Job(work, done))
+        self.jobs.put((Job(work, done),))
         return future.result()
 
     def run_writer(self) -> None:
         """Commit batches of jobs until None comes."""
         running = True
         while running:
-            batch = [self.jobs.get()]
+            batch = list(self.jobs.get())
             with contextlib.suppress(queue.Empty):
                 while len(batch) < MAX_BATCH:
-                    batch.append(self.jobs.get_nowait())
+                    batch += self.jobs.get_nowait()
             running = None not in batch
             jobs = [job for job in batch if job is not None]
-            if jobs:
-                self.commit(jobs)
-                self.bound_wal()
+            for start in range(0, len(jobs), MAX_BATCH):
+                self.commit(jobs[start:start + MAX_BATCH])
+            self.bound_wal()
 
     def commit(self, jobs: List[Job]) -> None:
         """Run jobs in one transaction; if that fails, each in its own."""
@@ -1783,14 +1793,19 @@ class Store:
         self.figures["commit_seconds"] += time.perf_counter() - begun
         if self.total != state[3] or self.read_count != state[4]:
             self.tell()
+        # Those who wait for messages are told in one go: each wake-up of the loop's thread, while
+        # this one still runs, is a fight for the interpreter's lock.
+        self.hand_over([(job.done, result) for job, result in zip(jobs, results)
+                        if isinstance(job.work, Incoming)])
         for job, result in zip(jobs, results):
-            job.done(result, None)
+            if not isinstance(job.work, Incoming):
+                job.done(result, None)
 
     def fail(self, job: Job, error: Exception) -> None:
         """Tell the caller of a job that it failed, and free the file it had brought."""
         if isinstance(job.work, Incoming) and isinstance(job.work.content, Spool):
             unused = functools.partial(self.remove_unused, [job.work.content.hash])
-            self.jobs.put(Job(unused, lambda result, error: None))
+            self.jobs.put((Job(unused, lambda result, error: None),))
         known = isinstance(error, (sqlite3.Error, OSError))
         job.done(None, store_error(error) if known else error)
 
@@ -2365,6 +2380,7 @@ class Loop:
         self.calls: "collections.deque[Tuple[Any, ...]]" = collections.deque()
         self.asleep = False
         self.stopped = False
+        self.thread = 0                         # of run()
         self.buffer = memoryview(bytearray(READ_SIZE))
         self.streams: Dict["Stream", None] = {}
         self.jobs: "queue.SimpleQueue[Any]" = queue.SimpleQueue()   # at most one a connection
@@ -2383,6 +2399,10 @@ class Loop:
             self.asleep = False
             with contextlib.suppress(OSError):      # full: it is awake; closed: it is over
                 self.waker.send(b"!")
+
+    def is_here(self) -> bool:
+        """Is this the loop's thread?"""
+        return threading.get_ident() == self.thread
 
     def call_later(self, seconds: float, func: Callable[[], None]) -> List[Any]:
         """Have func() called after some seconds; return the timer. On the loop's thread only."""
@@ -2417,6 +2437,7 @@ class Loop:
 
     def run(self) -> None:
         """Serve until stop()."""
+        self.thread = threading.get_ident()
         for thread in self.pool:
             thread.start()
         while not self.stopped:
@@ -2576,7 +2597,10 @@ class Stream:
 
     def later(self, result: Any, error: Optional[BaseException]) -> None:
         """Go on with a result; from any thread."""
-        self.loop.call_soon(self.proceed, result, error)
+        if self.loop.is_here():
+            self.proceed(result, error)
+        else:
+            self.loop.call_soon(self.proceed, result, error)
 
     def proceed(self, result: Any = None, error: Optional[BaseException] = None) -> None:
         """Go on with the result of what the session wanted."""
@@ -3669,6 +3693,8 @@ class Intake:
         self.messages = 0
         self.bytes = 0
         self.date: Tuple[int, str] = (0, "")
+        self.jobs: List[Job] = []       # of this round of the loop; one a connection at most
+        store.hand_over = functools.partial(loop.call_soon, hear_all)
 
     def is_trusted_proxy(self, peer: str) -> bool:
         """May this peer speak for others?"""
@@ -3703,7 +3729,14 @@ class Intake:
         trace = trace_fields(envelope, self.settings.hostname, self.now_text())
         self.messages += 1
         self.bytes += content.size if isinstance(content, Spool) else len(content)
-        self.store.add(Incoming(envelope, trace, read_subject(head), content), done)
+        if not self.jobs:
+            self.loop.call_soon(self.hand_in)
+        self.jobs.append(Job(Incoming(envelope, trace, read_subject(head), content), done))
+
+    def hand_in(self) -> None:
+        """Give the writer the messages of this round, and so wake it once."""
+        jobs, self.jobs = self.jobs, []
+        self.store.add(jobs)
 
     def now_text(self) -> str:
         """Return the date as Received wants it (RFC 5322 3.3); made once a second."""
@@ -4522,7 +4555,7 @@ class HTTPApp:
     def wait_for_change(self, seconds: float, seen: int, done: Done) -> None:
         """Call done(expired, None) after the next change, or when the time is over."""
         if self.store.version != seen:
-            done(False, None)
+            self.loop.call_soon(done, False, None)
             return
         key = next(self.numbers)
 
