@@ -144,20 +144,54 @@ def network(text: str) -> Any:
 def host_port(text: str) -> Tuple[str, Optional[int]]:
     """Read host, host:port or [v6]:port; the port may be missing."""
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]\s/]+)(?::(\d{1,5}))?", text.strip())
-    if match:
-        return match.group(1).strip("[]"), int(match.group(2)) if match.group(2) else None
+    if match and match.group(2) is None:
+        return match.group(1).strip("[]"), None
+    if match and 0 < int(match.group(2)) < 65536:
+        return match.group(1).strip("[]"), int(match.group(2))
     try:
         return str(ipaddress.IPv6Address(text.strip())), None
     except ValueError:
-        raise ValueError("needs HOST or HOST:PORT") from None
+        raise ValueError("needs HOST or HOST:PORT, the port from 1 to 65535") from None
+
+
+def normalize_domain(name: str) -> Optional[str]:
+    """Return a domain or address literal the way domains are compared, None if it is none.
+
+    Lower case, A-labels for U-labels (RFC 5890), no dot at the end; [IPv6:1::2] in short form.
+    """
+    if name.startswith("[") and name.endswith("]"):
+        literal = name[1:-1]
+        literal = literal[5:] if literal[:5].lower() == "ipv6:" else literal
+        try:
+            return f"[{ipaddress.ip_address(literal)}]"
+        except ValueError:
+            return None
+    name = name.rstrip(".").lower()
+    if not 0 < len(name) <= 255:
+        return None
+    if not name.isascii():
+        try:
+            name = name.encode("idna").decode("ascii").lower()
+        except UnicodeError:
+            return None
+    labels_fit = all(0 < len(label) <= 63 for label in name.split("."))
+    return name if labels_fit and re.fullmatch(r"[a-z0-9._-]+", name) else None
 
 
 def domain(text: str) -> str:
-    """Read a mail domain; how domains compare is Text's matter."""
-    name = text.strip().lstrip("@").rstrip(".").lower()
-    if not re.fullmatch(r"[^\s@<>,;:\x00-\x20\x7f]{1,255}|\[[\w.:]+\]", name):
+    """Read a mail domain."""
+    name = normalize_domain(text.strip().lstrip("@"))
+    if name is None:
         raise ValueError("needs a domain such as example.com")
     return name
+
+
+def host_name(text: str) -> str:
+    """Read the name of a host, or its address, as it may stand in a greeting."""
+    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\]",
+                        text.strip()):
+        raise ValueError("needs a host name such as mail.example.com")
+    return text.strip()
 
 
 class Option(NamedTuple):
@@ -180,7 +214,7 @@ OPTIONS = (
     Option("api_port", 8025, port, "Port of the JSON API; 0 takes a free one.", "PORT"),
     Option("lmtp_port", None, port, "Port for LMTP; not opened when missing.", "PORT"),
     Option("lmtp_socket", None, filled, "Unix socket for LMTP.", "FILE"),
-    Option("hostname", None, filled, "Name in greetings and Received; default: this host's.",
+    Option("hostname", None, host_name, "Name in greetings and Received; default: this host's.",
            "NAME"),
     Option("server_host", (), domain, "Domains to take mail for; default: every one.", "HOST",
            many=True),
@@ -189,8 +223,8 @@ OPTIONS = (
     Option("ssl_key", None, filled, "Private key (PEM) of the certificate.", "FILE"),
     Option("starttls", "required", ("required", "optional"),
            "Whether MAIL needs TLS once there is a certificate."),
-    Option("server_addr", (("127.0.0.1", None),), host_port,
-           "Where nginx shall send mail: this host as nginx sees it; several share recipients.",
+    Option("server_addr", (), host_port,
+           "Where nginx shall send mail, several share recipients; default: this server.",
            "HOST[:PORT]", many=True),
     Option("trusted_proxy", (), network,
            "Proxies that may name the real client by XCLIENT or PROXY.", "ADDR", many=True),
@@ -201,8 +235,8 @@ OPTIONS = (
            many=True),
     Option("api_token", None, filled,
            "Secret for the API (Bearer or Basic); @FILE reads it from a file.", "TOKEN"),
-    Option("api_host", (), filled, "Further names the API answers to in the Host header.", "NAME",
-           many=True),
+    Option("api_host", (), host_name, "Further names the API answers to in the Host header.",
+           "NAME", many=True),
     Option("max_size", 50 << 20, size, "Largest message.", "BYTES"),
     Option("max_line", 1 << 20, size, "Longest line in a message.", "BYTES"),
     Option("max_header", 1 << 20, size, "Largest header block of a message.", "BYTES"),
@@ -240,6 +274,12 @@ class Settings(types.SimpleNamespace):
         super().__init__(**{option.name: option.default for option in OPTIONS})
         self.__dict__.update(chosen)
         self.hostname: str = chosen.get("hostname") or local_hostname()
+        self.server_addr: Any = chosen.get("server_addr") or ((self.local_address, None),)
+
+    @property
+    def local_address(self) -> str:
+        """Where programs on this host find the server."""
+        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.bind, self.bind)
 
 
 def local_hostname() -> str:
@@ -278,13 +318,11 @@ def read_env_file(path: str) -> Dict[str, str]:
         raise SettingsError(f"{path}: cannot be read: {reason(error)}") from None
     for line in lines:
         match = re.fullmatch(r"\s*(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(.*?)\s*", line)
-        if match and not line.lstrip().startswith("#"):
+        if match:
             name, value = match.groups()
-            if value[:1] in ("'", '"') and value[-1:] == value[:1] and len(value) > 1:
-                value = value[1:-1]
-            else:
-                value = re.sub(r"\s+#.*", "", value)
-            values[name] = value
+            quoted = re.fullmatch(r"""(?:'([^']*)'|"([^"]*)")(?:\s+#.*)?""", value)
+            bare = re.sub(r"(^|\s+)#.*", "", value)
+            values[name] = (quoted.group(1) or quoted.group(2) or "") if quoted else bare
     return values
 
 
@@ -346,8 +384,9 @@ def argument_parser() -> OneLineParser:
             parser.add_argument(*both, dest=option.name, help=option.help, nargs="?", const="yes",
                                 metavar="yes|no")
         else:
-            parser.add_argument(*both, dest=option.name, help=option.help.replace("%", "%%"),
-                                metavar=kind, nargs="+" if option.many else None)
+            parser.add_argument(*both, dest=option.name, help=option.help, metavar=kind,
+                                nargs="+" if option.many else None,
+                                action="extend" if option.many else "store")
     parser.add_argument("--config", metavar="FILE", help="INI file with a [pegmail] section.")
     for name, text in ACTIONS:
         both = dict.fromkeys(("--" + name, "--" + name.replace("_", "-")))
@@ -435,7 +474,7 @@ def default_text(option: Option) -> str:
         return f"`{value >> 20}M`"
     if option.kind is flag:
         return "`yes`" if value else "`no`"
-    return f"`{value[0][0]}`" if option.many else f"`{value}`"
+    return f"`{value}`"
 
 
 # =====================================================================================
@@ -483,30 +522,6 @@ def parse_address(text: str) -> Address:
     if rest[0] != "@" or normalize_domain(rest[1:]) is None:
         raise ValueError("domain is not valid")
     return Address(local, rest[1:], text)
-
-
-def normalize_domain(name: str) -> Optional[str]:
-    """Return a domain or address literal the way domains are compared, None if it is none.
-
-    Lower case, A-labels for U-labels (RFC 5890), no dot at the end; [IPv6:1::2] in short form.
-    """
-    if name.startswith("[") and name.endswith("]"):
-        literal = name[1:-1]
-        literal = literal[5:] if literal[:5].lower() == "ipv6:" else literal
-        try:
-            return f"[{ipaddress.ip_address(literal)}]"
-        except ValueError:
-            return None
-    name = name.rstrip(".").lower()
-    if not 0 < len(name) <= 255:
-        return None
-    if not name.isascii():
-        try:
-            name = name.encode("idna").decode("ascii").lower()
-        except UnicodeError:
-            return None
-    labels_fit = all(0 < len(label) <= 63 for label in name.split("."))
-    return name if labels_fit and re.fullmatch(r"[a-z0-9._-]+", name) else None
 
 
 def clean_line(text: str, limit: int = 1000) -> str:
@@ -1224,7 +1239,7 @@ class Media:
         self.temporary = os.path.join(path, "tmp")
         self.digits = hash_bytes * 2
         for folder in (path, self.temporary, os.path.join(path, RAW)):
-            os.makedirs(folder, mode=0o700, exist_ok=True)
+            make_folders(folder)
         for name in os.listdir(self.temporary):
             os.unlink(os.path.join(self.temporary, name))
 
@@ -1343,7 +1358,7 @@ class Spool:
         folder = os.path.dirname(target)
         made = not os.path.isdir(folder)
         while True:
-            os.makedirs(folder, mode=0o700, exist_ok=True)
+            make_folders(folder)
             try:
                 os.rename(self.path, target)
                 break
@@ -1366,6 +1381,19 @@ class Spool:
             if self.path:
                 os.unlink(self.path)
                 self.path = ""
+
+
+def make_folders(path: str) -> None:
+    """Make a folder, and those above it, so that only its owner may enter."""
+    if not os.path.isdir(path):
+        above = os.path.dirname(os.path.abspath(path))
+        if not os.path.exists(above):
+            make_folders(above)
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            if not os.path.isdir(path):         # else somebody else was faster
+                raise
 
 
 def sync_folder(path: str) -> None:
@@ -1434,7 +1462,7 @@ class Kept:
                 return b"".join(self.read_pieces(start, min(end, self.size)))
             except FileNotFoundError:
                 self.load()
-        raise KeyError(self.ident)
+        raise StoreError(f"a file of message {self.ident} is missing")
 
     def read_pieces(self, start: int, end: int) -> Iterator[bytes]:
         """Yield what each piece holds of a range."""
@@ -1883,7 +1911,8 @@ class Store:
         """Return this thread's own connection, which cannot write."""
         db = getattr(self.local, "db", None)
         if db is None:
-            uri = "file:" + urllib.parse.quote(os.path.abspath(self.db_path)) + "?mode=ro"
+            path = urllib.parse.quote(os.fsencode(os.path.abspath(self.db_path)))
+            uri = f"file:{path}?mode=ro"
             db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False,
                                  timeout=5)
             db.execute("PRAGMA query_only = 1")
@@ -2256,8 +2285,13 @@ def create_private(path: str) -> None:
 
 def lock_database(path: str) -> Any:
     """Take the lock that keeps a second server away from a database; return the open file."""
-    create_private(path + ".lock")
-    file = open(path + ".lock", "r+")
+    lock = os.path.realpath(path) + ".lock"      # a link to a database is the same one
+    try:
+        os.close(os.open(lock, os.O_RDWR | os.O_CREAT, 0o600))
+        file = open(lock, "r+")
+    except OSError as error:
+        raise SettingsError(f"--db_path {path}: {reason(error)}; choose a place that can be "
+                            "written") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -2316,6 +2350,11 @@ class Session:
         self.steps = self.run()
         self.wants: Wants = READ
         self.stopping = False
+
+    @property
+    def name(self) -> str:
+        """What log lines about the connection begin with."""
+        raise NotImplementedError
 
     def run(self) -> Steps:
         """The conversation; a generator that yields what it wants."""
@@ -2563,7 +2602,7 @@ class Stream:
         try:
             wants = step(*args)
         except Exception:           # a border: the connection ends, the server lives
-            log.exception("bug in the conversation with %s", self.peer)
+            log.exception("%s bug in this conversation", self.session.name)
             wants = self.session.stop("bug")
         self.obey(wants)
 
@@ -2667,7 +2706,8 @@ class Stream:
         except ssl.SSLWantWriteError:
             self.watch(selectors.EVENT_WRITE)
         except (OSError, ValueError) as error:
-            log.info("%s TLS handshake failed: %s", self.peer, clean_line(reason(error), 200))
+            log.info("%s TLS handshake failed: %s", self.session.name,
+                     clean_line(reason(error), 200))
             self.close()
         else:
             self.handshaking = False
@@ -2703,9 +2743,10 @@ class Stream:
             self.stop("timeout")
 
     def stop(self, why: str) -> None:
-        """Have the session say its last words."""
+        """Have the session say its last words, now or when what it is at is done."""
         if self.sock and self.lingered < 0 and not self.handshaking:
-            self.guard(self.session.stop, why)
+            if self.session.stop(why) is None:
+                self.obey(None)
 
     def finish(self) -> None:
         """Close once the peer has read our last words, or a moment has passed.
@@ -3137,6 +3178,11 @@ class SMTPSession(Session):
         self.binary = False
         self.body: Optional[Receiver] = None         # what BDAT has brought so far
 
+    @property
+    def name(self) -> str:
+        """What log lines about the connection begin with."""
+        return self.ident
+
     # -- The conversation --
 
     def run(self) -> Steps:
@@ -3144,7 +3190,8 @@ class SMTPSession(Session):
         if self.proxy and self.settings.proxy_protocol:
             yield from self.read_proxy_header()
         log.info("%s connected: %s", self.ident, self.peer)
-        self.write(self.greeting().encode())
+        if not self.closing:
+            self.write(self.greeting().encode())
         while not self.closing:
             self.receiving = self.body is not None
             if self.stopping and not self.receiving:
@@ -3578,6 +3625,8 @@ class SMTPSession(Session):
             self.peer = str(ipaddress.ip_address(text))
         except ValueError:
             raise SMTPError(501, "5.5.4", "Not an IP address") from None
+        self.loopback = is_loopback(self.peer)
+        self.proxy = False              # from here on its client speaks
 
     def read_proxy_header(self) -> Steps:
         """Read the header of the PROXY protocol, version 1 or 2 (HAProxy proxy-protocol.txt)."""
@@ -3688,7 +3737,7 @@ class Intake:
         self.store = store
         self.loop = loop
         self.tls: Optional[ssl.SSLContext] = None
-        self.domains = {normalize_domain(name) for name in settings.server_host}
+        self.domains = set(settings.server_host)
         self.refused: Dict[str, int] = collections.Counter()     # on the loop's thread only
         self.messages = 0
         self.bytes = 0
@@ -3930,6 +3979,16 @@ def short_item(message: Message) -> Dict[str, Any]:
             "attachment_count": message.attachments}
 
 
+def digested(store: Store, messages: Sequence[Message]) -> List[Message]:
+    """Return messages as they are once they are digested; those that went away are left out."""
+    late = [message.id for message in messages if not message.digested]
+    if not late:
+        return list(messages)
+    store.digest(late)
+    found = (message if message.digested else store.find(message.id) for message in messages)
+    return [message for message in found if message is not None]
+
+
 def full_items(store: Store, messages: Sequence[Message]) -> List[str]:
     """Return messages with headers and body as JSON texts; the body is stored as one already."""
     digests = store.digest([message.id for message in messages])
@@ -3938,8 +3997,6 @@ def full_items(store: Store, messages: Sequence[Message]) -> List[str]:
         if message.id not in digests:           # deleted just now
             continue
         fields, body, error = digests[message.id]
-        if not message.digested:                # what the digest found out is in the row now
-            message = store.find(message.id) or message
         head = short_item(message)
         head["mail_headers"] = first_values(json.loads(fields))
         if error:
@@ -3949,9 +4006,12 @@ def full_items(store: Store, messages: Sequence[Message]) -> List[str]:
 
 
 def text_line(message: Message) -> str:
-    """Return a message as one line of tab-separated values; no value holds a tab."""
+    """Return a message as one line of tab-separated values; no value holds a tab, none is empty.
+
+    So that `IFS=tab read` of a shell, which takes two tabs for one, gets the fields right.
+    """
     values = (message.id, message.received, message.is_read, message.size, message.attachments,
-              message.sender, message.recipients.replace("\n", ","), message.subject)
+              message.sender or "<>", message.recipients.replace("\n", ","), message.subject or "-")
     return "\t".join(clean_line(str(value)) for value in values) + "\n"
 
 
@@ -3999,8 +4059,8 @@ def found_or_nothing(answer: Dict[str, Any]) -> Any:
 def list_messages(request: Request, items: Callable[[Sequence[Message]], str]) -> Any:
     """Return the page of messages that the parameters describe, in the form they ask for."""
     params, wanted = request.params, request.filter()
-    messages = request.store.page(wanted, params["count"], params["offset"],
-                                  bool(params["reverse"]))
+    messages = digested(request.store, request.store.page(
+        wanted, params["count"], params["offset"], bool(params["reverse"])))
     if params["format"] == "text":
         answer = Answer("".join(map(text_line, messages)).encode("utf-8", "replace"),
                         "text/plain; charset=utf-8")
@@ -4067,9 +4127,11 @@ def show_mail(request: Request, message: Message) -> Any:
     """Return a message in the form that is asked for."""
     if request.params["mail_format"] == "eml":
         return show_raw(request, message)
+    messages = digested(request.store, [message])
     if request.params["mail_format"] == "text":
-        return Answer(text_line(message).encode("utf-8", "replace"), "text/plain; charset=utf-8")
-    items = full_items(request.store, [message])
+        return Answer("".join(map(text_line, messages)).encode("utf-8", "replace"),
+                      "text/plain; charset=utf-8")
+    items = full_items(request.store, messages)
     if not items:
         raise no_such_mail()
     return Answer(items[0].encode("utf-8", "replace"), "application/json")
@@ -4183,9 +4245,9 @@ def get_auth(request: Request) -> Any:
     """Answer nginx's question where a client's mail shall go (ngx_mail_auth_http_module)."""
     headers = request.headers
     text = decode_text(headers.get("Auth-SMTP-To", "").strip().encode("latin-1", "replace"))
-    match = re.fullmatch(r"(?i)(?:RCPT\s+)?TO:\s*(.*)", text)
-    match = PATH.fullmatch(match.group(1) if match else text)
-    text = match.group(1) if match else text.partition(" ")[0]
+    text = re.sub(r"(?i)^(?:RCPT\s+)?TO:\s*", "", text)
+    match = PATH.fullmatch(text) or PLAIN_PATH.fullmatch(text)
+    text = match.group(1) if match else ""
     try:
         refusal = request.app.intake.refuse_recipient(parse_address(text))
     except ValueError as error:
@@ -4354,6 +4416,8 @@ class APIHandler(http.server.BaseHTTPRequestHandler):
         """Send what a route returned."""
         if not isinstance(answer, Answer):
             answer = Answer(json_text(answer).encode("utf-8", "replace"), "application/json")
+        if answer.mime == "application/json" and isinstance(answer.body, bytes):
+            answer = answer._replace(body=answer.body + b"\n")
         body, status = answer.body, answer.status
         headers = {"Content-Type": answer.mime, **answer.headers}
         if isinstance(body, bytes):
@@ -4370,7 +4434,7 @@ class APIHandler(http.server.BaseHTTPRequestHandler):
 
     def send_problem(self, problem: Problem) -> None:
         """Send an error."""
-        body = json_text({"error": str(problem)}).encode("utf-8", "replace")
+        body = json_text({"error": str(problem)}).encode("utf-8", "replace") + b"\n"
         self.send_parts(problem.status, {"Content-Type": "application/json", **problem.headers},
                         body, None)
 
@@ -4472,14 +4536,6 @@ def read_params(entry: Route, query: str, body: List[Tuple[str, str]]) -> Dict[s
     return values
 
 
-def resolve_host(host: str) -> str:
-    """Return the IP address of a host, which is what nginx wants to hear."""
-    try:
-        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
-    except OSError as error:
-        raise SettingsError(f"--server_addr {host}: has no address: {reason(error)}") from None
-
-
 class HTTPApp:
     """What answers requests: access, routes, figures, and the requests that wait.
 
@@ -4492,7 +4548,7 @@ class HTTPApp:
         self.intake = intake
         self.loop = loop
         self.smtp_port = settings.smtp_port
-        self.server_addresses = {host: resolve_host(host) for host, _ in settings.server_addr}
+        self.server_addresses: Dict[str, str] = {}      # of the hosts in --server_addr
         self.answers: Dict[int, int] = collections.Counter()
         self.lock = threading.Lock()
         self.waiting: Dict[int, Done] = {}       # one for each waiting connection
@@ -4518,6 +4574,8 @@ class HTTPApp:
     def check_access(self, peer: str, headers: Any, entry: Optional[Route]) -> None:
         """Refuse clients, Host names and tokens that are not allowed."""
         token, networks = self.settings.api_token, self.settings.api_remote_address
+        if entry and entry.open and self.intake.is_trusted_proxy(peer):
+            return
         if networks and not is_in_networks(peer, networks):
             raise Problem(403, f"{peer} may not use this API (--api_remote_address)")
         if not networks and not token and not is_loopback(peer):
@@ -4670,6 +4728,11 @@ class HTTPSession(Session):
                     log.warning("api: an answer was cut short: %s", reason(error))
                     return
 
+    @property
+    def name(self) -> str:
+        """What log lines about the connection begin with."""
+        return "api: " + self.peer
+
     def read_request(self) -> Steps:
         """Wait for a whole request; return its bytes, None after a refusal."""
         self.busy = False
@@ -4681,8 +4744,10 @@ class HTTPSession(Session):
             scanned = len(self.inbox)
             self.busy = scanned > 0
             if scanned > MAX_HEAD:
-                return self.refuse(431, "the header of the request is too large")
+                break
             yield READ
+        if match is None or match.end() > MAX_HEAD:
+            return self.refuse(431, "the header of the request is too large")
         head = bytes(self.inbox[:match.end()])
         del self.inbox[:match.end()]
         if re.search(rb"\ntransfer-encoding[ \t]*:", head, re.I):
@@ -4813,14 +4878,15 @@ class Server:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.cert_times = certificate_times(settings)
         self.listeners: List[Listener] = []
         self.sockets: List[socket.socket] = []
         self.stopping = False
-        self.cert_times: Any = None
         context = load_certificate(settings)
         raise_file_limit(settings.max_connections)
         try:
             self.open_sockets()
+            addresses = {host: resolve_host(host) for host, _ in settings.server_addr}
             self.store = Store(settings.db_path, settings.media_path, settings.file_hash_length)
         except BaseException:
             self.close_sockets()
@@ -4828,13 +4894,8 @@ class Server:
         self.loop = Loop()
         self.intake = Intake(settings, self.store, self.loop)
         self.intake.tls = context
-        self.cert_times = certificate_times(settings)
-        try:
-            self.http = HTTPApp(settings, self.store, self.intake, self.loop)
-        except SettingsError:
-            self.store.close()
-            self.close_sockets()
-            raise
+        self.http = HTTPApp(settings, self.store, self.intake, self.loop)
+        self.http.server_addresses = addresses
         self.http.smtp_port = self.port("smtp")
         self.listen()
 
@@ -4944,9 +5005,11 @@ class Server:
             self.loop.call_later(RELOAD_SECONDS, self.watch_certificate)
 
     def reload(self, *_: Any) -> None:
-        """Read the certificate again, for SIGHUP."""
+        """Read the certificate again, for SIGHUP; where there is none, a terminal was closed."""
         if self.settings.ssl_cert:
             self.loop.work(self.renew_certificate, (True,), ignore)
+        else:
+            self.stop()
 
     def renew_certificate(self, anyway: bool) -> None:
         """Read the certificate if its files have changed; sessions that run are left alone."""
@@ -5015,6 +5078,14 @@ def open_port(address: str, number_: int, option: str) -> socket.socket:
         hint = "; " + hints[error.errno] if error.errno in hints else ""
         raise SettingsError(f"{option} {number_} on {address}: {reason(error)}{hint}") from None
     return sock
+
+
+def resolve_host(host: str) -> str:
+    """Return the IP address of a host, which is what nginx wants to hear."""
+    try:
+        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError as error:
+        raise SettingsError(f"--server_addr {host}: has no address: {reason(error)}") from None
 
 
 def open_unix(path: str) -> socket.socket:
@@ -5106,22 +5177,18 @@ stream {{
 
 def quote_nginx(text: str) -> str:
     """Return a text as one word of an nginx configuration."""
-    return '"' + re.sub(r'(["\\$])', r"\\\1", text) + '"'
+    return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
 
 
-def nginx_configuration(settings: Settings) -> str:
+def nginx_configuration(settings: Settings, arguments: Sequence[str]) -> str:
     """Return a configuration for nginx: mail proxy, or stream when pegmail has the certificate."""
-    words = ["python3 pegmail.py"]
-    for name in ("ssl_cert", "ssl_key"):
-        if getattr(settings, name):
-            words.append(f"--{name} {shlex.quote(getattr(settings, name))}")
-    if settings.server_host:
-        words.append("--server_host " + " ".join(map(shlex.quote, settings.server_host)))
+    words = ["python3", "pegmail.py", *without_actions(arguments)]
     servers = [(host, port_ or settings.smtp_port) for host, port_ in settings.server_addr]
-    local = "127.0.0.1" if settings.bind in ("127.0.0.1", "0.0.0.0", "::") else settings.bind
+    local = settings.local_address
     brackets = "[%s]" if ":" in local else "%s"
     values = {
-        "command": " ".join(words), "proxy": "127.0.0.1", "hostname": settings.hostname,
+        "command": " ".join(map(shlex.quote, words)),
+        "proxy": "127.0.0.1" if local.startswith("127.") else local, "hostname": settings.hostname,
         "size": settings.max_size, "port": 25, "pid": "/run/nginx-pegmail.pid",
         "api": f"{brackets % local}:{settings.api_port}",
         "token": "    auth_http_header Authorization %s;\n" % quote_nginx(
@@ -5170,11 +5237,32 @@ WantedBy=multi-user.target
 """
 
 
+def without_actions(arguments: Sequence[str]) -> List[str]:
+    """Return the words of a command line but for those that ask for something else than a start."""
+    actions = {"--" + name for name, _ in ACTIONS}
+    return [word for word in arguments if "--" + word[2:].replace("-", "_") not in actions]
+
+
+def absolute_paths(words: Sequence[str]) -> List[str]:
+    """Return words with the paths of what is to be read made absolute: a service starts elsewhere.
+
+    The paths of database and media stay: they are meant to be in the service's own folder.
+    """
+    found: List[str] = []
+    name = ""
+    for word in words:
+        given, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        name = given[2:].replace("-", "_") or name
+        at = "@" if name == "api_token" and value.startswith("@") else ""
+        if value and (name in ("config", "ssl_cert", "ssl_key") or at):
+            value = at + os.path.abspath(value[len(at):])
+        found.append(given + equals + value)
+    return found
+
+
 def systemd_unit(settings: Settings, arguments: Sequence[str]) -> str:
     """Return a unit that starts pegmail with these arguments."""
-    words = [sys.executable, os.path.abspath(__file__)]
-    words += [word for word in arguments
-              if word.replace("-", "_") not in ("__generate_systemd_unit", "__check")]
+    words = [sys.executable, os.path.abspath(__file__), *absolute_paths(without_actions(arguments))]
     quoted = ['"%s"' % word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
               .replace("$", "$$") if re.search(r"[^\w@:,./=-]", word) else word for word in words]
     return SYSTEMD_UNIT.format(command=" ".join(quoted), stop=settings.grace + 20)
@@ -5209,10 +5297,11 @@ def check_settings(settings: Settings) -> None:
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run the command line; return the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    prepare_output()
     try:
         settings, actions = load_settings(arguments, dict(os.environ))
         if "generate_nginx_config" in actions:
-            print(nginx_configuration(settings), end="")
+            print(nginx_configuration(settings, arguments), end="")
         if "generate_systemd_unit" in actions:
             print(systemd_unit(settings, arguments), end="")
         if "check" in actions:
@@ -5225,6 +5314,18 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         print(f"pegmail: {error}", file=sys.stderr)
         return error.status
     return serve(server)
+
+
+def prepare_output() -> None:
+    """Make sure that there is an output, and that it can show whatever a path or domain holds."""
+    with contextlib.suppress(OSError):
+        while os.open(os.devnull, os.O_RDWR) < 3:       # else a socket might become "the output"
+            pass
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    for file in (sys.stdout, sys.stderr):
+        if isinstance(file, io.TextIOWrapper):
+            file.reconfigure(errors="backslashreplace")
 
 
 def serve(server: Server) -> int:
@@ -5240,6 +5341,8 @@ def serve(server: Server) -> int:
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, server.stop)
     signal.signal(signal.SIGHUP, server.reload)
+    # The system may hand a signal to any thread; the one that handles it sleeps in the loop.
+    signal.set_wakeup_fd(server.loop.waker.fileno(), warn_on_full_buffer=False)
     try:
         sys.stdout.write(start_lines(server))
         sys.stdout.flush()
@@ -5248,6 +5351,7 @@ def serve(server: Server) -> int:
     try:
         server.run()
     finally:
+        signal.set_wakeup_fd(-1)
         log.info("stopped")
         log.removeHandler(writer)
         writer.close()
