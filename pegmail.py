@@ -239,7 +239,7 @@ OPTIONS = (
            "NAME", many=True),
     Option("max_size", 50 << 20, size, "Largest message.", "BYTES"),
     Option("max_line", 1 << 20, size, "Longest line in a message.", "BYTES"),
-    Option("max_header", 1 << 20, size, "Largest header block of a message.", "BYTES"),
+    Option("max_header", 256 << 10, size, "Largest header block of a message.", "BYTES"),
     Option("max_recipients", 1000, number(100, 100000), "Recipients of one message.", "N"),
     Option("max_connections", 8000, number(1, 1000000), "Connections at once.", "N"),
     Option("max_connections_per_peer", 500, number(1, 1000000),
@@ -471,7 +471,7 @@ def default_text(option: Option) -> str:
     if value is None or value == ():
         return ""
     if option.kind is size:
-        return f"`{value >> 20}M`"
+        return f"`{value >> 20}M`" if value >> 20 else f"`{value >> 10}K`"
     if option.kind is flag:
         return "`yes`" if value else "`no`"
     return f"`{value}`"
@@ -494,7 +494,8 @@ class Address(NamedTuple):
     text: str
 
 
-PLAIN_ADDRESS = re.compile(r"([\w!#$%&'*+/=?^`{|}~.-]+)@([A-Za-z0-9](?:[A-Za-z0-9._-]*))")
+PLAIN_ADDRESS = re.compile(r"([\w!#$%&'*+/=?^`{|}~.-]+)@"
+                           r"((?:[A-Za-z0-9_-]{1,63}\.){0,9}[A-Za-z0-9_-]{1,63})")
 QUOTED_LOCAL = re.compile(r'"(?:[^"\\\x00-\x1f\x7f]|\\[ -~])*"')
 
 
@@ -634,7 +635,7 @@ def parse_parameters(value: str) -> Tuple[str, Dict[str, str]]:
             continue
         extended = index == "" or index.endswith("*")
         digits = index.rstrip("*") or "0"
-        if digits.isdigit() and len(digits) < 4:
+        if re.fullmatch("[0-9]{1,3}", digits):
             pieces.setdefault(base, {}).setdefault(int(digits), (extended, text))
     for base, parts in pieces.items():
         plain[base] = join_pieces([parts[i] for i in sorted(parts)])
@@ -1316,7 +1317,7 @@ class Spool:
         self.handle = -1
         self.size = 0
         self.hash = ""                  # the file's name; known once finish() has run
-        self.head = b""                 # the header block, for a message
+        self.head = b""                 # the header block of a message; its owner's to set
         self.sum = hashlib.sha256()
         self.lock = threading.Lock()    # a session may end while its bytes are being written
         self.dropped = False
@@ -1332,8 +1333,6 @@ class Spool:
         if self.handle < 0:
             self.path = os.path.join(self.media.temporary, secrets.token_hex(12))
             self.handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        if not self.size:
-            self.head = data[:header_length(data[:SPOOL_SIZE])]
         view = memoryview(data)
         while view:
             view = view[os.write(self.handle, view):]
@@ -2554,7 +2553,7 @@ class Stream:
         self.lingered = -1                               # bytes thrown away since the last words
         self.loop.selector.register(sock, self.events, self.ready)
         self.loop.streams[self] = None
-        self.timer = self.loop.call_later(self.idle, self.check_deadline)
+        self.timer = self.loop.call_later(min(self.idle, listener.longest), self.check_deadline)
 
     def begin(self) -> None:
         """Let the session speak first."""
@@ -2911,7 +2910,7 @@ class Limits:
 MAX_COMMAND = 2048            # RFC 5321 4.5.3.1.4 wants 512 and more with extensions
 MAX_JUNK = 1 << 16            # bytes of one overlong line that are read to its end
 MAX_REPLIES = 8 << 10         # bytes of replies gathered before others have their turn
-MAX_FIELDS_KEPT = 10000       # lines in a header block; more is an attack, not mail
+MAX_HEADER_LINES = 10000      # lines in a header block; more is an attack, not mail
 MAX_PROXY_HEADER = 2048       # the PROXY protocol allows more, for extensions nobody sends
 
 
@@ -3006,7 +3005,8 @@ class Receiver:
         self.received = 0               # bytes that came
         self.held = b""                 # CRs of which the next byte tells what they are
         self.line = 0                   # bytes of the line that is not over yet
-        self.header_tail: Optional[bytes] = b""     # the last bytes while the header goes on
+        self.head = bytearray()         # the header block; no longer than max_header
+        self.in_header = True           # it goes on
 
     def refuse(self, code: int, status: str, text: str, cause: Optional[Exception] = None) -> None:
         """Note why the message is refused, unless there is a reason already."""
@@ -3069,7 +3069,6 @@ class Receiver:
         data = self.gathered()
         if self.spool is None:
             self.spool = self.make_spool()
-            self.check_header(data)
         try:
             yield Work(self.spool.write, (data,))
         except OSError as error:
@@ -3079,18 +3078,24 @@ class Receiver:
         """Return what is in memory, and forget it."""
         data = b"".join(self.pieces)
         self.pieces, self.pending = [], 0
-        if self.header_tail is not None:
-            self.watch_header(data)
+        if self.in_header:
+            self.watch_header(data, False)
         return data
 
-    def watch_header(self, data: bytes) -> None:
-        """Refuse a message whose header is still going on past the limit."""
-        if b"\r\n\r\n" in (self.header_tail or b"") + data:
-            self.header_tail = None
-            return
-        self.header_tail = data[-3:]
-        if self.size > self.settings.max_header:
-            self.refuse(552, "5.3.4", "Header is larger than %d bytes" % self.settings.max_header)
+    def watch_header(self, data: bytes, last: bool) -> None:
+        """Gather the header block, and check it once it is whole or too large."""
+        self.head += data
+        limit, known = self.settings.max_header, len(self.head)
+        if not last and len(self.head) - self.head.rfind(b"\n") < MAX_COMMAND:
+            known = self.head.rfind(b"\n") + 1      # of the rest one cannot tell what it is yet
+        length = header_length(bytes(self.head[:known]))
+        if length < known or last:
+            self.in_header = False
+            del self.head[length:]
+            self.check_header(bytes(self.head))
+        elif known > limit:
+            self.refuse(552, "5.3.4", f"Header is larger than {limit} bytes")
+            self.head.clear()
 
     def refuse_disk(self, error: Exception) -> None:
         """Refuse for now: the disk is full, or broken."""
@@ -3099,26 +3104,24 @@ class Receiver:
         else:
             self.refuse(451, "4.3.0", "The message cannot be stored now, try again later", error)
 
-    def check_header(self, data: bytes) -> None:
-        """Refuse loops and monstrous headers; data begins with the header block."""
-        end = 0 if data.startswith(b"\r\n") else data.find(b"\r\n\r\n")
-        block = data if end < 0 else data[:end + 2]
+    def check_header(self, block: bytes) -> None:
+        """Refuse loops and monstrous headers."""
         if len(block) > self.settings.max_header:
             self.refuse(552, "5.3.4", "Header is larger than %d bytes" % self.settings.max_header)
-        elif block.count(b"\n") > MAX_FIELDS_KEPT:
-            self.refuse(554, "5.6.0", f"Header has more than {MAX_FIELDS_KEPT} lines")
+        elif block.count(b"\n") > MAX_HEADER_LINES:
+            self.refuse(554, "5.6.0", f"Header has more than {MAX_HEADER_LINES} lines")
         elif count_hops(block) > MAX_HOPS:
             self.refuse(554, "5.4.6", f"Mail loop: more than {MAX_HOPS} Received fields")
 
     def finish(self) -> Steps:
         """Return the content, bytes or a finished Spool; raise the refusal if there is one."""
-        content: Union[bytes, Spool] = b""
-        if self.refusal is None and self.spool is None:
-            content = self.gathered()
-            self.check_header(content)
-        elif self.refusal is None and self.spool is not None:
+        content: Union[bytes, Spool] = self.gathered()
+        if self.in_header:
+            self.watch_header(b"", True)
+        if self.refusal is None and self.spool is not None:
+            self.spool.head = bytes(self.head)
             try:
-                yield Work(self.spool.finish, (self.gathered(),))
+                yield Work(self.spool.finish, (content,))
                 content = self.spool
             except OSError as error:
                 self.refuse_disk(error)
@@ -3286,7 +3289,7 @@ class SMTPSession(Session):
             text = line[:-len(self.eol)].decode("utf-8").rstrip(" \t\r")
         except UnicodeDecodeError:
             raise SMTPError(500, "5.5.2", "Line is not UTF-8") from None
-        if not text.isprintable() and "\t" not in text:
+        if re.search(r"[\x00-\x08\x0a-\x1f\x7f]", text):
             raise SMTPError(500, "5.5.2", "Line holds control characters")
         if self.settings.debug:
             log.debug("%s < %s", self.ident, clean_line(text))
@@ -3310,7 +3313,7 @@ class SMTPSession(Session):
         """Run one command; return its reply, None if it has written it itself."""
         verb, _, arg = line.partition(" ")
         verb = verb.upper()
-        command = SMTP_COMMANDS.get(verb)
+        command = self.verbs().get(verb)
         if command is None:
             if verb in FOREIGN_VERBS:
                 raise Goodbye(421, "4.7.0", "This is a mail server")
@@ -3364,7 +3367,7 @@ class SMTPSession(Session):
         text = address.text if address else ""
         utf8 = binary = False
         for name, value in params.items():
-            if name == "SIZE" and value.isdigit() and len(value) <= 20:       # RFC 1870 6
+            if name == "SIZE" and re.fullmatch("[0-9]{1,20}", value):         # RFC 1870 6
                 if int(value) > self.settings.max_size:
                     raise SMTPError(552, "5.3.4", "Message is larger than %d bytes"
                                     % self.settings.max_size)
@@ -3467,7 +3470,7 @@ class SMTPSession(Session):
             scanned = max(0, len(self.inbox) - keep)
             yield READ
 
-    @smtp("BDAT size [LAST]", needs=(greeted, safe_enough))
+    @smtp("BDAT size [LAST]")
     def do_BDAT(self, arg: str) -> Steps:
         """Take a chunk of the message (RFC 3030 2); refused or not, its bytes are read."""
         match = re.fullmatch(r"(\d{1,18})(?:\s+(LAST))?", arg, re.I)
@@ -3476,8 +3479,8 @@ class SMTPSession(Session):
         left, last = int(match.group(1)), bool(match.group(2))
         if left > 2 * self.settings.max_size + MAX_JUNK:
             raise Goodbye(421, "4.3.4", "Chunk is far too large")
-        wrong = self.eol == b"\n" or not self.recipients
-        if not wrong and self.body is None:
+        refusal = self.refuse_chunk()
+        if refusal is None and self.body is None:
             self.body = self.new_receiver()
         self.receiving = True
         size = left
@@ -3487,10 +3490,10 @@ class SMTPSession(Session):
             data = bytes(self.inbox[:left])
             del self.inbox[:len(data)]
             left -= len(data)
-            if self.body is not None and not wrong:
+            if self.body is not None and refusal is None:
                 yield from self.body.take(data, last and not left)
-        if wrong:
-            raise SMTPError(503, "5.5.1", "Send RCPT TO first, and lines that end with CRLF")
+        if refusal is not None:
+            raise refusal
         assert self.body is not None
         if not last:
             if self.body.refusal is not None:
@@ -3502,6 +3505,17 @@ class SMTPSession(Session):
         if not size:
             yield from self.body.take(b"", True)
         return (yield from self.keep())
+
+    def refuse_chunk(self) -> Optional[SMTPError]:
+        """Return why a chunk is not taken here, None if it is."""
+        if self.eol == b"\n":
+            return SMTPError(503, "5.5.1", "BDAT needs lines that end with CRLF")
+        try:
+            for guard in (greeted, safe_enough, has_recipients):
+                guard(self)
+        except SMTPError as refusal:
+            return refusal
+        return None
 
     def keep(self) -> Steps:
         """Have the message kept; return the reply once it is on the disk."""
@@ -3567,11 +3581,16 @@ class SMTPSession(Session):
     @smtp("HELP [command]")
     def do_HELP(self, arg: str) -> Reply:
         """List the commands, or show how one is written (RFC 5321 4.1.1.8)."""
-        command = SMTP_COMMANDS.get(arg.upper())
+        verbs = self.verbs()
+        command = verbs.get(arg.upper())
         if arg and command is None:
             raise SMTPError(504, "5.5.4", "No such command")
-        text = command.syntax if command else "Commands: " + " ".join(SMTP_COMMANDS)
+        text = command.syntax if command else "Commands: " + " ".join(verbs)
         return Reply(214, "2.0.0", text)
+
+    def verbs(self) -> Dict[str, Command]:
+        """Return the commands of this protocol by their verbs."""
+        return SMTP_COMMANDS
 
     @smtp("QUIT")
     def do_QUIT(self, arg: str) -> Reply:
@@ -3676,6 +3695,11 @@ RECIPIENT_OK = Reply(250, "2.1.5", "Recipient OK")
 DONE = Reply(250, "2.0.0", "OK")
 
 
+LMTP_COMMANDS = {"LHLO": SMTP_COMMANDS["EHLO"]._replace(syntax="LHLO name"),
+                 **{verb: command for verb, command in SMTP_COMMANDS.items()
+                    if verb not in ("EHLO", "HELO")}}
+
+
 class LMTPSession(SMTPSession):
     """One LMTP conversation (RFC 2033): a reply for each recipient; made by Server."""
 
@@ -3685,17 +3709,13 @@ class LMTPSession(SMTPSession):
         """Return the greeting."""
         return Reply(220, "", f"{self.settings.hostname} LMTP pegmail")
 
-    def obey(self, line: str) -> Steps:
-        """Run one command; LHLO stands for EHLO, and HELO is not known (RFC 2033 4.1)."""
-        verb = line.partition(" ")[0].upper()
-        if verb in ("EHLO", "HELO"):
-            raise SMTPError(500, "5.5.1", "This is LMTP, send LHLO")
-        line = "EHLO" + line[4:] if verb == "LHLO" else line
-        return (yield from super().obey(line))
+    def verbs(self) -> Dict[str, Command]:
+        """Return the commands: LHLO in place of EHLO and HELO (RFC 2033 4.1)."""
+        return LMTP_COMMANDS
 
     def protocol(self) -> str:
-        """Return the word behind "with" in Received (RFC 3848)."""
-        return "LMTP" + ("S" if self.tls else "")
+        """Return the word behind "with" in Received (RFC 3848, RFC 6531 4.3)."""
+        return ("UTF8" if self.utf8 else "") + "LMTP" + ("S" if self.tls else "")
 
     def kept_reply(self, ident: int, count: int) -> Optional[Reply]:
         """Write one reply for each recipient (RFC 2033 4.2)."""
