@@ -32,6 +32,7 @@ import configparser
 import contextlib
 import difflib
 import email.utils
+import encodings.aliases
 import errno
 import fcntl
 import functools
@@ -94,7 +95,7 @@ class SettingsError(Exception):
 def number(low: int, high: int) -> Callable[[str], int]:
     """Return a reader of whole numbers from low to high."""
     def read(text: str) -> int:
-        if not re.fullmatch(r"\d{1,18}", text.strip()) or not low <= int(text) <= high:
+        if not re.fullmatch(r"[0-9]{1,18}", text.strip()) or not low <= int(text) <= high:
             raise ValueError(f"needs a whole number from {low} to {high}")
         return int(text)
     return read
@@ -163,7 +164,7 @@ def normalize_domain(name: str) -> Optional[str]:
         literal = name[1:-1]
         literal = literal[5:] if literal[:5].lower() == "ipv6:" else literal
         try:
-            return f"[{ipaddress.ip_address(literal)}]"
+            return f"[{ipaddress.ip_address(literal)}]" if "%" not in literal else None
         except ValueError:
             return None
     name = name.rstrip(".").lower()
@@ -537,23 +538,27 @@ def fold(text: str) -> str:
 
 # -- Bytes to text: nothing here raises, and nothing is lost --
 
-UNSAFE_CODECS = {"idna", "punycode", "unicode-escape", "raw-unicode-escape", "undefined", "utf-7"}
+# Only what is built in: a name that Python does not know makes it look for a file each time, and
+# remember that it found none.
+CODECS = (set(encodings.aliases.aliases) | set(encodings.aliases.aliases.values())) - {
+    "idna", "punycode", "unicode_escape", "raw_unicode_escape", "undefined", "mbcs", "oem"}
 
 
 @functools.lru_cache(maxsize=256)
 def find_codec(charset: str) -> Optional[str]:
     """Return Python's name for a charset of MIME, None if there is no safe one."""
     name = charset.strip().strip("'\"").lower()
-    name = {"utf-8-sig": "utf-8", "utf8": "utf-8", "x-sjis": "cp932", "ks_c_5601-1987": "cp949",
-            "gb2312": "gb18030", "iso-8859-1": "cp1252", "latin1": "cp1252", "us-ascii": "ascii",
-            "iso-8859-8-i": "iso-8859-8", "x-unknown": "ascii"}.get(name, name)
+    name = {"utf-8-sig": "utf-8", "x-sjis": "cp932", "ks_c_5601-1987": "cp949",
+            "gb2312": "gb18030", "iso-8859-1": "cp1252", "latin1": "cp1252",
+            "iso-8859-8-i": "iso-8859-8"}.get(name, name)
+    known = encodings.normalize_encoding(name)
+    if known not in CODECS and known.replace("_", "") not in CODECS:
+        return None
     try:
         info = codecs.lookup(name)
-        if not getattr(info, "_is_text_encoding", True) or info.name in UNSAFE_CODECS:
-            return "utf-7" if info.name == "utf-7" else None
-        return info.name
-    except (LookupError, ValueError, UnicodeError):
+    except (LookupError, ValueError):
         return None
+    return info.name if getattr(info, "_is_text_encoding", True) else None
 
 
 def decode_text(data: bytes, charset: str = "") -> str:
@@ -561,7 +566,8 @@ def decode_text(data: bytes, charset: str = "") -> str:
     for codec in (find_codec(charset[:100]) if charset else None, "utf-8"):
         if codec:
             try:
-                return data.decode(codec)
+                text = data.decode(codec)
+                return text if codec != "utf-7" else text.encode("utf-8", "replace").decode()
             except (UnicodeError, ValueError, LookupError):
                 continue
     return data.decode("latin-1")
@@ -615,7 +621,7 @@ def decode_base64(data: bytes) -> bytes:
 
 
 PARAMETER = re.compile(r';\s*([^\s;="]{1,80})\s*=\s*(?:"((?:[^"\\]|\\.)*)"?|([^;]*))', re.S)
-MAX_PARAMETERS = 200
+MAX_PARAMETERS = 50
 
 
 def parse_parameters(value: str) -> Tuple[str, Dict[str, str]]:
@@ -704,41 +710,51 @@ def html_text(markup: str) -> Tuple[str, List[str]]:
     return html.unescape("".join(words + [markup[end:] if not skipping else ""])), links
 
 
-LINK = re.compile(r"""https?://[^\s<>"'`\\^{}|]{3,2000}""")
-CODE = re.compile(r"(?<![\w./:#?=&%@+-])(?:[A-Z]{1,3}-)?"
+LINK = re.compile(r"""(?i)https?://[^\s<>"'`\\^{}|，。；：！？、）】」』]{3,2000}""")
+CODE = re.compile(r"(?a)(?<![\w./:#?=&%@+-])(?:[A-Z]{1,3}-)?"
                   r"(?:\d{4,10}|\d{3}[ -]\d{3}|\d{2}(?: \d{2}){2}"
-                  r"|(?=[A-Z]*\d)(?=\d*[A-Z])[A-Z0-9]{5,10}|[A-Z0-9]{3,5}-[A-Z0-9]{3,5})"
-                  r"(?![\w/%@]|[-.,:]\d)")
-CODE_WORD = re.compile(r"(?i)\b(?:code|otp|pin|passcode|password|token|verif\w*|confirm\w*|"
-                       r"one[- ]time|2fa|tan|kod|codice|código|bestätigung\w*)\b|验证码|код")
+                  r"|(?=[A-Z]*\d)(?=\d*[A-Z])[A-Z0-9]{5,10}"
+                  r"|(?=[A-Z-]*\d)[A-Z0-9]{3,5}-[A-Z0-9]{3,5})(?![\w/%@]|[-.,:]\d)")
+CODE_WORD = re.compile(r"(?i)\w*code\b|\bcod(?:e|ice)\w*|\bkod\w*|\botp\b|\bpin\b|"
+                       r"pass(?:code|word)|"
+                       r"\btoken\b|one[- ]time|\b2fa\b|\btan\b|código|"
+                       r"验证码|驗證碼|コード|인증번호|\bкод\w*")
+HINT_WORD = re.compile(r"(?i)verif|confirm|bestätig|sign[ -]?in|log[ -]?in")
+FAR, HINT = 200, 300          # how much less likely a code far from its word, or from a hint, is
 
 
 def find_codes(text: str) -> List[str]:
     """Return what looks like one-time codes in a text, the likeliest first.
 
     A code is a run of 4 to 10 digits or capitals with a digit; only lines that speak of one, and
-    the two lines behind such a line, are read.
+    the two lines behind such a line, are read. Where a code stands right behind its word, others
+    that stand elsewhere are none.
     """
     ranked: Dict[str, int] = {}
     near = 0
     for line in text.splitlines()[:5000]:
         line = line[:2000]
-        word = CODE_WORD.search(line)
-        near = 3 if word else near - (1 if line.strip() else 0)
+        words = [match.end() for match in CODE_WORD.finditer(line)]
+        hints = [match.end() for match in HINT_WORD.finditer(line)]
+        near = 3 if words or hints else near - (1 if line.strip() else 0)
         if near <= 0:
             continue
         for match in CODE.finditer(line):
             code = re.sub(r"(?<=\d)[ ](?=\d)", "", match.group())
-            year = re.fullmatch(r"(19|20)\d\d", code) and not word
-            distance = abs(match.start() - word.end()) if word else 1000
-            if not year:
-                ranked[code] = min(ranked.get(code, 99999), distance)
-    return sorted(ranked, key=lambda code: ranked[code])[:20]
+            if re.fullmatch(r"(19|20)\d\d", code) and not words:
+                continue                            # a year
+            place = match.start()
+            rank = min([place - word for word in words if word <= place]
+                       + [HINT + place - word for word in hints if word <= place]
+                       + [FAR + abs(word - place) for word in words] + [1000 - near])
+            ranked[code] = min(ranked.get(code, 9999), rank)
+    found = sorted(ranked, key=lambda code: ranked[code])[:20]
+    return [code for code in found if ranked[code] < FAR or ranked[found[0]] >= FAR]
 
 
 def find_links(text: str) -> List[str]:
     """Return the http and https addresses in a text, each once, in order."""
-    found = (match.group().rstrip(".,;:!?)]*") for match in LINK.finditer(text))
+    found = (match.group().rstrip(".,;:!?)]*_") for match in LINK.finditer(text))
     return list(dict.fromkeys(found))[:200]
 
 
@@ -819,18 +835,18 @@ class Source:
         for place in range(start, end, WINDOW):
             yield self.read(place, min(place + WINDOW, end))
 
-    def find_lines(self, needle: bytes, start: int, end: int) -> Iterator[int]:
-        """Yield the places from start to end where a line begins with the needle."""
-        needle, place = b"\n" + needle, start
-        if self.read(start, start + len(needle) - 1) == needle[1:]:
-            yield start
-        while place < end:
-            data = self.read(place, min(place + WINDOW + len(needle), end))
+    def find_lines(self, needle: bytes, limit: int) -> Iterator[Tuple[int, bytes]]:
+        """Yield the place of each line that begins with the needle, and its first limit bytes."""
+        head = self.read(0, min(limit, self.size))
+        if head.startswith(needle):
+            yield 0, head
+        needle = b"\n" + needle
+        for place in range(0, self.size, WINDOW):
+            data = self.read(place, min(place + WINDOW + limit, self.size))
             found = data.find(needle)
             while 0 <= found < WINDOW:
-                yield place + found + 1
+                yield place + found + 1, data[found + 1:found + 1 + limit]
                 found = data.find(needle, found + 1)
-            place += WINDOW
 
 
 # -- Header fields --
@@ -943,40 +959,46 @@ class StructureReader:
     def __init__(self, source: Source) -> None:
         self.source = source
         self.stack: List[Part] = []          # the open entities, the outermost first
+        self.open: Dict[bytes, int] = {}     # their boundaries, and where they stand in it
         self.count = 0
+        self.fields = 0
+        self.header_bytes = 0
 
     def read(self) -> Part:
         """Return the root part with its children."""
         root = self.open_part(0, "text/plain")
-        if any(part.boundary for part in self.stack):
-            for seen, place in enumerate(self.source.find_lines(b"--", 0, self.source.size)):
+        if self.open:
+            lines = self.source.find_lines(b"--", MAX_BOUNDARY + 8)
+            for seen, (place, line) in enumerate(lines):
                 if seen > MAX_DASHED:
                     raise ParseError(f"more than {MAX_DASHED} lines that begin like a boundary")
                 if place >= self.stack[-1].start:
-                    self.take_line(place)
+                    self.take_line(place, line.split(b"\n", 1)[0].rstrip())
         self.close_to(0, self.source.size)
         return root
 
-    def take_line(self, place: int) -> None:
+    def take_line(self, place: int, line: bytes) -> None:
         """Open or close parts if the line at this place is a boundary of an open multipart."""
-        line = self.source.read(place, place + MAX_BOUNDARY + 6).split(b"\n", 1)[0].rstrip()
-        for index in range(len(self.stack) - 1, -1, -1):
-            boundary = self.stack[index].boundary
-            if not boundary or not line.startswith(boundary, 2):
-                continue
-            rest = line[2 + len(boundary):]
-            if rest not in (b"", b"--"):
-                continue
-            # RFC 2046 5.1.1: the CRLF before the line belongs to the boundary.
-            before = self.source.read(place - 2, place) if place >= 2 else b""
-            self.close_to(index + 1, place - 2 if before == b"\r\n" else place)
-            if rest:
-                self.stack[index].boundary = b""        # what follows is the epilogue
-            else:
-                start = place + self.source.read(place, place + MAX_BOUNDARY + 1000).find(b"\n") + 1
-                digest = self.stack[index].mime == "multipart/digest"
-                self.open_part(start, "message/rfc822" if digest else "text/plain")
+        index = self.open.get(line[2:])
+        last = index is None and line.endswith(b"--")
+        if last:
+            index = self.open.get(line[2:-2])
+        if index is None:
             return
+        # RFC 2046 5.1.1: the CRLF before the line belongs to the boundary.
+        before = self.source.read(place - 2, place) if place >= 2 else b""
+        self.close_to(index + 1, place - 2 if before == b"\r\n" else place)
+        if last:
+            self.stack[index].boundary = b""        # what follows is the epilogue
+            self.note_boundaries()
+        else:
+            start = place + self.source.read(place, place + MAX_BOUNDARY + 1000).find(b"\n") + 1
+            digest = self.stack[index].mime == "multipart/digest"
+            self.open_part(start, "message/rfc822" if digest else "text/plain")
+
+    def note_boundaries(self) -> None:
+        """Note the boundaries of the open entities; of two that are equal, the inner one counts."""
+        self.open = {part.boundary: index for index, part in enumerate(self.stack) if part.boundary}
 
     def open_part(self, start: int, default: str) -> Part:
         """Read the header at this place and put its part on the stack, and the one it embeds."""
@@ -991,10 +1013,18 @@ class StructureReader:
         if length > MAX_HEADER_BYTES:
             raise ParseError(f"a header of more than {MAX_HEADER_BYTES} bytes")
         blank = 2 if data.startswith(b"\r\n", length) else 0
-        part = Part(parse_fields(data[:length]), start + length + blank, len(self.stack), default)
+        fields = parse_fields(data[:length])
+        self.fields += len(fields)
+        if self.fields > 10 * MAX_HEADER_FIELDS:
+            raise ParseError(f"more than {10 * MAX_HEADER_FIELDS} fields in all headers")
+        self.header_bytes += length
+        if self.header_bytes > 10 * MAX_HEADER_BYTES:
+            raise ParseError(f"more than {10 * MAX_HEADER_BYTES} bytes of headers")
+        part = Part(fields, start + length + blank, len(self.stack), default)
         if self.stack:
             self.stack[-1].children.append(part)
         self.stack.append(part)
+        self.note_boundaries()
         if part.mime == "message/rfc822" and part.encoding in ("", "7bit", "8bit", "binary"):
             self.open_part(part.start, "text/plain")
         return part
@@ -1004,6 +1034,7 @@ class StructureReader:
         for part in self.stack[index:]:
             part.end = max(part.start, end)
         del self.stack[index:]
+        self.note_boundaries()
 
 
 def read_structure(source: Source) -> Part:
@@ -1052,7 +1083,8 @@ def decoded_quoted(windows: Iterable[bytes]) -> Iterator[bytes]:
         window = rest + window
         cut = window.rfind(b"\n") + 1
         if not cut and len(window) > 2 * WINDOW:
-            cut = len(window) - 3
+            escape = window.rfind(b"=", len(window) - 2)
+            cut = escape if escape >= 0 else len(window)
         rest = window[cut:]
         yield binascii.a2b_qp(window[:cut])
     yield binascii.a2b_qp(rest)
@@ -1185,6 +1217,10 @@ class StoreError(Exception):
         self.full = full
 
 
+class Unreadable(StoreError):
+    """A file of a message is missing or broken."""
+
+
 def store_error(error: Exception) -> StoreError:
     """Return a database's or a disk's error as a StoreError."""
     number = getattr(error, "errno", None)
@@ -1235,14 +1271,36 @@ class Media:
     a row has a name that begins with RAW, and stands in the folder of that name.
     """
 
-    def __init__(self, path: str, hash_bytes: int) -> None:
+    def __init__(self, path: str, hash_bytes: int, owner: str) -> None:
         self.root = path
         self.temporary = os.path.join(path, "tmp")
         self.digits = hash_bytes * 2
+        self.claim(owner)
         for folder in (path, self.temporary, os.path.join(path, RAW)):
             make_folders(folder)
+        sync_folder(path)
+        sync_folder(os.path.dirname(os.path.abspath(path)))
         for name in os.listdir(self.temporary):
             os.unlink(os.path.join(self.temporary, name))
+
+    def claim(self, owner: str) -> None:
+        """Make sure that the tree is this database's: another's files would be swept away."""
+        place = os.path.join(self.root, "owner")
+        make_folders(self.root)
+        if not os.listdir(self.root):
+            with open(os.open(place, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
+                file.write(owner)
+                file.flush()
+                os.fsync(file.fileno())
+            return
+        try:
+            with open(place, encoding="ascii") as file:
+                known = file.read(100)
+        except (FileNotFoundError, UnicodeDecodeError):
+            known = ""
+        if known != owner:
+            raise SettingsError(f"--media_path {self.root}: is not empty and not the folder of "
+                                "this database; choose another --media_path or --db_path")
 
     def path(self, name: str) -> str:
         """Return where the file of that name stands. Raises StoreError if it is none of ours."""
@@ -1355,7 +1413,6 @@ class Spool:
         target = self.media.path(name)
         os.fsync(self.handle)
         folder = os.path.dirname(target)
-        made = not os.path.isdir(folder)
         while True:
             make_folders(folder)
             try:
@@ -1365,7 +1422,7 @@ class Spool:
                 if not os.path.exists(self.path):
                     raise
         self.path = ""
-        for _ in range(4 if made else 1):
+        for _ in range(1 if self.prefix else 4):     # whoever made a folder may not be so far yet
             sync_folder(folder)
             folder = os.path.dirname(folder)
         self.hash = name
@@ -1433,7 +1490,7 @@ class Kept:
                 break
             except FileNotFoundError:       # digested between the two steps: the row has changed
                 if attempt == 3:
-                    raise
+                    raise Unreadable(f"a file of message {self.ident} is missing") from None
         self.starts, self.pieces, self.size = [], [], 0
         self.add(len(trace), lambda start, end: trace[start:end])
         place = 0
@@ -1461,7 +1518,9 @@ class Kept:
                 return b"".join(self.read_pieces(start, min(end, self.size)))
             except FileNotFoundError:
                 self.load()
-        raise StoreError(f"a file of message {self.ident} is missing")
+            except OSError as error:
+                raise Unreadable(f"a file of message {self.ident}: {reason(error)}") from error
+        raise Unreadable(f"a file of message {self.ident} is missing")
 
     def read_pieces(self, start: int, end: int) -> Iterator[bytes]:
         """Yield what each piece holds of a range."""
@@ -1583,7 +1642,8 @@ class Digester:
             for place in range(part.start, end, step):
                 data = self.source.read(place, min(place + step, end))
                 decoded = decode_base64(data)
-                if not is_regular(data, line, decoded):
+                if not is_regular(data, line, decoded) or (
+                        place + step < end and len(decoded) % 3):     # padding before the end
                     return None
                 spool.write(decoded)
             return spool.finish(), spool.size
@@ -1651,14 +1711,28 @@ class Job(NamedTuple):
 def hear_all(answers: List[Tuple[Done, Any]]) -> None:
     """Tell each of those who wait their result."""
     for done, result in answers:
-        done(result, None)
+        try:
+            done(result, None)
+        except Exception:               # a border: the others are to hear theirs
+            log.exception("bug after a commit")
+
+
+class Totals(NamedTuple):
+    """What is known of all messages without a look; the writer makes a new one with each commit."""
+    last_id: int = 0            # the last that was given, even if its message is gone
+    first_id: int = 0
+    last_time: int = 0          # milliseconds
+    total: int = 0
+    read_count: int = 0
+    indexed: int = 0            # up to here every message is in the search table
+    epoch: int = 0              # counts remembered before the last removal or mark are void
 
 
 class Store:
-    """The database and the media tree. Every method but add() may block.
+    """The database and the media tree. Every method but add() and spool() may block.
 
-    Made by Server; `listen` functions are called, on the writer's thread, after each commit that
-    changed what lists show.
+    Made by Server; `listeners` are called, on the writer's thread, after each commit that changed
+    what lists show.
     """
 
     def __init__(self, db_path: str, media_path: str, hash_bytes: int = 24,
@@ -1667,8 +1741,9 @@ class Store:
         self.now = now
         self.lock_file = lock_database(db_path)
         try:
-            self.media = Media(media_path, hash_bytes)
             self.db = self.open_writer()
+            self.media = Media(media_path, hash_bytes, self.owner())
+            self.load_state()
         except OSError as error:
             self.lock_file.close()
             raise SettingsError(f"--media_path {media_path}: {reason(error)}") from None
@@ -1678,11 +1753,10 @@ class Store:
         self.listeners: List[Callable[[], None]] = []
         self.version = 0                 # grows with each change that lists show
         self.figures: Dict[str, float] = collections.defaultdict(float)   # the writer's own
-        self.epoch = 0                   # counts remembered before the last removal are void
+        self.unwanted: List[str] = []    # files to be looked at after the next commit
         self.count_cache: "collections.OrderedDict[Filter, Tuple[int, int, int]]" = (
             collections.OrderedDict())   # at most COUNT_CACHE
         self.count_lock = threading.Lock()
-        self.load_state()
         self.started = now()
         self.local = threading.local()
         self.readers: List[sqlite3.Connection] = []
@@ -1690,7 +1764,8 @@ class Store:
         self.hand_over: Callable[[List[Tuple[Done, Any]]], None] = hear_all     # see commit()
         self.wanted = threading.Event()  # there is something to digest or to index
         self.wanted.set()
-        self.closing = False
+        self.closing = False             # the digester is to stop, and then
+        self.closed = False              # the writer
         self.wal_checked = 0.0
         self.threads = [threading.Thread(target=self.run_writer, name="writer"),
                         threading.Thread(target=self.run_digester, name="digester", daemon=True)]
@@ -1723,38 +1798,50 @@ class Store:
                                 f"{error}") from None
         try:
             db.execute(SEARCH_TABLE)
+            db.execute("SELECT rowid FROM search LIMIT 1")
             self.has_index = True
-        except sqlite3.OperationalError:        # SQLite before 3.34 or without FTS5: LIKE serves
-            self.has_index = False
+        except sqlite3.Error as error:
+            if not re.search("no such (tokenizer|module)|error in tokenizer", str(error)):
+                raise SettingsError(f"--db_path {self.db_path}: {error}") from None
+            self.has_index = False              # SQLite before 3.34 or without FTS5: LIKE serves
         return db
+
+    def owner(self) -> str:
+        """Return the name by which the media tree knows its database."""
+        row = self.db.execute("SELECT value FROM meta WHERE name = 'owner'").fetchone()
+        if row is None:
+            row = (secrets.token_hex(16),)
+            self.db.execute("INSERT INTO meta VALUES ('owner', ?)", row)
+        return str(row[0])
 
     def load_state(self) -> None:
         """Read what the writer keeps in memory: the last id and time, and the counts."""
         def one(sql: str) -> Any:
             row = self.db.execute(sql).fetchone()
             return row[0] if row and row[0] is not None else 0
-        self.last_id = max(one("SELECT max(id) FROM message"),
-                           one("SELECT value FROM meta WHERE name = 'last_id'"))
-        self.first_id = one("SELECT min(id) FROM message")
-        self.last_time = one("SELECT received FROM message ORDER BY id DESC LIMIT 1")
         self.digested = one("SELECT value FROM meta WHERE name = 'digested'")  # all up to here are
         settled, tail = "is_read = %d AND digested = 1", "is_read = %d AND digested = 0 AND id > %d"
-        self.read_count, unread = (
+        read_count, unread = (
             one(f"SELECT count(*) FROM message WHERE {settled % state}")
             + one(f"SELECT count(*) FROM message WHERE {tail % (state, self.digested)}")
             for state in (1, 0))
-        self.total = self.read_count + unread
-        self.indexed = one("SELECT rowid FROM search ORDER BY rowid DESC LIMIT 1"
-                           ) if self.has_index else 0
+        self.totals = self.draft = Totals(      # the draft is the writer's, until it has committed
+            max(one("SELECT max(id) FROM message"),
+                one("SELECT value FROM meta WHERE name = 'last_id'")),
+            one("SELECT min(id) FROM message"),
+            one("SELECT received FROM message ORDER BY id DESC LIMIT 1"),
+            read_count + unread, read_count,
+            one("SELECT rowid FROM search ORDER BY rowid DESC LIMIT 1") if self.has_index else 0)
 
     def close(self) -> None:
         """Finish every job that waits and close the database."""
         self.closing = True
         self.wanted.set()
         self.threads[1].join(10)
+        self.closed = True
         self.jobs.put((None,))
         self.threads[0].join()
-        for db in self.readers:
+        for db in self.readers if not self.threads[1].is_alive() else ():
             db.close()
         self.db.close()
         self.lock_file.close()
@@ -1772,8 +1859,16 @@ class Store:
         """Return a file for the content of a large message."""
         return Spool(self.media, RAW)
 
+    def drop(self, spool: Spool) -> None:
+        """Remove a file that no message is to have after all."""
+        spool.discard()
+        if spool.hash:
+            self.release([spool.hash])
+
     def change(self, work: Callable[[sqlite3.Connection], Any]) -> Any:
         """Have the writer run work(connection) as one job; return its result once committed."""
+        if self.closed:
+            raise StoreError("the store is closed")
         future: "Future[Any]" = Future()
 
         def done(result: Any, error: Optional[BaseException]) -> None:
@@ -1796,18 +1891,21 @@ class Store:
             jobs = [job for job in batch if job is not None]
             for start in range(0, len(jobs), MAX_BATCH):
                 self.commit(jobs[start:start + MAX_BATCH])
-            self.bound_wal()
+            try:
+                self.remove_unused()
+                self.bound_wal()
+            except (sqlite3.Error, OSError) as error:
+                log.error("store: cannot tidy up, trying again later: %s", error)
 
     def commit(self, jobs: List[Job]) -> None:
         """Run jobs in one transaction; if that fails, each in its own."""
         begun = time.perf_counter()
-        state = (self.last_id, self.first_id, self.last_time, self.total, self.read_count)
         try:
             self.db.execute("BEGIN IMMEDIATE")
             results = self.perform(jobs)
             self.db.execute("COMMIT")
         except Exception as error:      # a border: the job's caller hears of it
-            self.last_id, self.first_id, self.last_time, self.total, self.read_count = state
+            self.draft = self.totals
             self.roll_back()
             if len(jobs) > 1:
                 for job in jobs:
@@ -1818,7 +1916,8 @@ class Store:
         self.figures["commits"] += 1
         self.figures["jobs"] += len(jobs)
         self.figures["commit_seconds"] += time.perf_counter() - begun
-        if self.total != state[3] or self.read_count != state[4]:
+        before, self.totals = self.totals, self.draft
+        if (before.last_id, before.epoch) != (self.totals.last_id, self.totals.epoch):
             self.tell()
         # Those who wait for messages are told in one go: each wake-up of the loop's thread, while
         # this one still runs, is a fight for the interpreter's lock.
@@ -1831,8 +1930,7 @@ class Store:
     def fail(self, job: Job, error: Exception) -> None:
         """Tell the caller of a job that it failed, and free the file it had brought."""
         if isinstance(job.work, Incoming) and isinstance(job.work.content, Spool):
-            unused = functools.partial(self.remove_unused, [job.work.content.hash])
-            self.jobs.put((Job(unused, lambda result, error: None),))
+            self.unwanted.append(job.work.content.hash)
         known = isinstance(error, (sqlite3.Error, OSError))
         job.done(None, store_error(error) if known else error)
 
@@ -1845,8 +1943,9 @@ class Store:
 
     def insert(self, incoming: Sequence[Incoming]) -> Iterable[int]:
         """Insert messages with one statement a table, and return their ids."""
-        self.last_time = max(self.last_time, int(self.now() * 1000))
-        first = self.last_id + 1
+        draft = self.draft
+        received = max(draft.last_time, int(self.now() * 1000))
+        first = draft.last_id + 1
         rows: List[Any] = []
         contents: List[Any] = []
         for ident, (envelope, trace, subject, content) in enumerate(incoming, first):
@@ -1856,7 +1955,7 @@ class Store:
                 length, raw, file = content.size, None, content.hash
             else:
                 length, raw, file = len(content), content, None
-            rows += (ident, self.last_time, envelope.sender, "\n".join(envelope.recipients),
+            rows += (ident, received, envelope.sender, "\n".join(envelope.recipients),
                      subject, len(trace) + length)
             contents += (ident, envelope.peer, trace, raw, file)
         count = len(incoming)
@@ -1864,9 +1963,8 @@ class Store:
                         "VALUES (?,?,?,?,?,?)" + ",(?,?,?,?,?,?)" * (count - 1), rows)
         self.db.execute("INSERT INTO content (id, peer, trace, raw, file) VALUES (?,?,?,?,?)"
                         + ",(?,?,?,?,?)" * (count - 1), contents)
-        self.first_id = self.first_id or first
-        self.last_id += count
-        self.total += count
+        self.draft = draft._replace(last_id=draft.last_id + count, last_time=received,
+                                    first_id=draft.first_id or first, total=draft.total + count)
         return range(first, first + count)
 
     def roll_back(self) -> None:
@@ -1959,37 +2057,33 @@ class Store:
 
     def count(self, wanted: Filter) -> int:
         """Return how many messages match; counts of filters asked for again are carried on."""
-        start = self.first_after(wanted)
+        totals, start = self.totals, self.first_after(wanted)
+        last, first = totals.last_id, totals.first_id
         plain = wanted._replace(after=0, since=0)
-        if plain == Filter() and (start <= self.first_id or self.is_dense()):
-            return max(0, min(self.total, self.last_id - start + 1))
-        if plain._replace(is_read=None) == Filter() and start <= self.first_id:
-            return self.read_count if plain.is_read else self.total - self.read_count
+        if plain == Filter() and (start <= first or last - first + 1 == totals.total):
+            return max(0, min(totals.total, last - start + 1))      # no id is missing in between
+        if plain._replace(is_read=None) == Filter() and start <= first:
+            return totals.read_count if plain.is_read else totals.total - totals.read_count
         with self.count_lock:
             epoch, known, upto = self.count_cache.get(wanted, (-1, 0, 0))
-        last, now = self.last_id, self.epoch
-        if epoch != now:
+        if epoch != totals.epoch:
             known, upto = 0, 0
         for low, high, words in self.ranges(wanted):
             low, high = max(low, upto + 1), min(high, last)
             if low <= high:
                 known += self.count_range(wanted, low, high, words)
         with self.count_lock:
-            self.count_cache[wanted] = (now, known, last)
+            self.count_cache[wanted] = (totals.epoch, known, last)
             self.count_cache.move_to_end(wanted)
             if len(self.count_cache) > COUNT_CACHE:
                 self.count_cache.popitem(last=False)
         return known
 
-    def is_dense(self) -> bool:
-        """Has no id gone from between the first and the last?"""
-        return self.last_id - self.first_id + 1 == self.total
-
     def count_range(self, wanted: Filter, low: int, high: int, words: str) -> int:
         """Count what matches in a range of ids."""
         sql, values = self.condition(wanted, low, high, words)
-        row = self.read_one(f"SELECT count(*) FROM message AS m {sql}"
-                            if not words or wanted.is_read is not None else
+        simple = words and sql.endswith("BETWEEN ? AND ?")
+        row = self.read_one(f"SELECT count(*) FROM message AS m {sql}" if not simple else
                             "SELECT count(*) FROM search WHERE search MATCH ? AND "
                             "rowid BETWEEN ? AND ?", values)
         return row[0] if row else 0
@@ -2001,7 +2095,7 @@ class Store:
 
     def first_since(self, received: int) -> int:
         """Return an id that parts the messages before a time from those since: times only grow."""
-        low, high = self.first_id, self.last_id + 1
+        low, high = self.totals.first_id, self.totals.last_id + 1
         while low < high:
             middle = (low + high) // 2
             row = self.read_one("SELECT id, received FROM message WHERE id >= ? "
@@ -2023,7 +2117,8 @@ class Store:
                              for column, text in zip(Filter._fields, wanted[:3])
                              if len(fold(text)) >= 3)
         words = words if self.has_index else ""
-        border = self.indexed if words else self.digested if wanted.is_read is not None else 0
+        border = (self.totals.indexed if words else
+                  self.digested if wanted.is_read is not None else 0)
         if low > border:
             return [(low, last, "")]
         return [(low, border, words), (border + 1, last, "")]
@@ -2039,12 +2134,11 @@ class Store:
         for column, text in zip(Filter._fields, wanted[:3]):
             if not text or (words and len(fold(text)) >= 3):
                 continue
-            if text.isascii():
-                sql += f" AND m.{column} LIKE ? ESCAPE '\\'"
-                values.append("%" + re.sub(r"([%_\\])", r"\\\1", text) + "%")
-            else:
-                sql += f" AND instr(fold(m.{column}), ?)"
-                values.append(fold(text))
+            # LIKE knows the case of ASCII only, but is fast; what it cannot judge is folded.
+            sql += (f" AND (m.{column} LIKE ? ESCAPE '\\' OR m.{column} GLOB ? "
+                    f"AND instr(fold(m.{column}), ?))")
+            values += ["%" + re.sub(r"([%_\\])", r"\\\1", text) + "%",
+                       "*[^ -~]*" if text.isascii() else "*", fold(text)]
         if wanted.is_read is not None:
             sql += " AND m.is_read = %d" % wanted.is_read
             sql += " AND m.digested = 1" if high <= self.digested else ""
@@ -2091,52 +2185,57 @@ class Store:
             row = db.execute("SELECT is_read FROM message WHERE id = ?", (ident,)).fetchone()
             if row and row[0] != is_read:
                 db.execute("UPDATE message SET is_read = ? WHERE id = ?", (is_read, ident))
-                self.read_count += 1 if is_read else -1
-                self.epoch += 1
+                draft = self.draft
+                self.draft = draft._replace(epoch=draft.epoch + 1, read_count=draft.read_count
+                                            + (1 if is_read else -1))
             return row is not None
         return self.change(work)
 
     def delete(self, ident: int) -> bool:
         """Remove a message, and the files nobody else needs; return False if there is none."""
-        def work(db: sqlite3.Connection) -> Optional[List[str]]:
-            row = db.execute(f"SELECT {MESSAGE} FROM message AS m WHERE id = ?",
-                             (ident,)).fetchone()
-            if row is None:
-                return None
-            files = [name for (name,) in db.execute(
-                "SELECT hash FROM attachment WHERE message = ? UNION "
-                "SELECT file FROM content WHERE id = ? AND file IS NOT NULL", (ident, ident))]
-            self.unindex(db, Message(*row))
-            for table, column in (("message", "id"), ("content", "id"), ("digest", "id"),
-                                  ("attachment", "message")):
-                db.execute(f"DELETE FROM {table} WHERE {column} = ?", (ident,))
-            db.execute("INSERT OR REPLACE INTO meta VALUES ('last_id', ?)", (self.last_id,))
-            self.total -= 1
-            self.read_count -= row[5]
-            self.first_id = (db.execute("SELECT min(id) FROM message").fetchone()[0] or 0)
-            self.epoch += 1
-            return files
-        files = self.change(work)
-        self.release(files or [])
-        return files is not None
+        return bool(self.change(functools.partial(self.delete_row, ident)))
+
+    def delete_row(self, ident: int, db: sqlite3.Connection) -> bool:
+        """Remove a message. A job of the writer."""
+        row = db.execute(f"SELECT {MESSAGE} FROM message AS m WHERE id = ?", (ident,)).fetchone()
+        if row is None:
+            return False
+        message, draft = Message(*row), self.draft
+        self.unwanted += [name for (name,) in db.execute(
+            "SELECT hash FROM attachment WHERE message = ? UNION "
+            "SELECT file FROM content WHERE id = ? AND file IS NOT NULL", (ident, ident))]
+        self.unindex(db, message)
+        for table, column in (("message", "id"), ("content", "id"), ("digest", "id"),
+                              ("attachment", "message")):
+            db.execute(f"DELETE FROM {table} WHERE {column} = ?", (ident,))
+        db.execute("INSERT OR REPLACE INTO meta VALUES ('last_id', ?)", (draft.last_id,))
+        first = db.execute("SELECT min(id) FROM message").fetchone()[0] or 0
+        self.draft = draft._replace(
+            total=draft.total - 1, read_count=draft.read_count - message.is_read, first_id=first,
+            epoch=draft.epoch + 1)
+        return True
 
     def unindex(self, db: sqlite3.Connection, message: Message) -> None:
         """Take a message out of the index, which wants to hear again what it was given."""
-        if self.has_index and message.id <= self.indexed:
+        if self.has_index and message.id <= self.draft.indexed:
             db.execute("INSERT INTO search (search, rowid, sender, recipients, subject) "
                        "VALUES ('delete', ?, fold(?), fold(?), fold(?))",
                        (message.id, message.sender, message.recipients, message.subject))
 
     def release(self, files: Sequence[str]) -> None:
         """Remove those of the media files that no message refers to."""
-        if files:
-            self.change(functools.partial(self.remove_unused, files))
+        self.change(lambda db: self.unwanted.extend(files))
 
-    def remove_unused(self, files: Sequence[str], db: sqlite3.Connection) -> None:
-        """Remove what nobody refers to. A job of the writer, which alone adds references."""
-        for name in files:
-            used = db.execute("SELECT 1 FROM attachment WHERE hash = ? UNION ALL "
-                              "SELECT 1 FROM content WHERE file = ? LIMIT 1", (name, name))
+    def remove_unused(self) -> None:
+        """Remove what is unwanted and nobody refers to.
+
+        On the writer's thread, which alone adds references, and between transactions: a file must
+        not be gone when the change that made it needless is undone.
+        """
+        while self.unwanted:
+            name = self.unwanted.pop()
+            used = self.db.execute("SELECT 1 FROM attachment WHERE hash = ? UNION ALL "
+                                   "SELECT 1 FROM content WHERE file = ? LIMIT 1", (name, name))
             if used.fetchone() is None:
                 self.media.remove(name)
 
@@ -2163,24 +2262,25 @@ class Store:
             try:
                 while not self.closing and (self.digest_some() + self.index_some()):
                     pass
-            except (StoreError, OSError) as error:
-                log.error("store: cannot digest, trying again: %s", error)
+            except Exception as error:      # a border: what cannot be digested now can later
+                log.error("store: cannot digest, trying again: %s", reason(error),
+                          exc_info=not isinstance(error, (StoreError, OSError)))
                 time.sleep(1)
                 self.wanted.set()
 
     def digest_some(self) -> int:
         """Digest the oldest messages that wait; return how many there were."""
-        last = self.last_id
+        last = self.totals.last_id
         rows = self.read_rows("SELECT id FROM message WHERE id > ? AND id <= ? AND digested = 0 "
                               "ORDER BY id LIMIT ?", (self.digested, last, DIGEST_BATCH))
-        begun, before, done = time.monotonic(), self.last_id, []
+        begun, done = time.monotonic(), []
         for (ident,) in rows:
             done.append((ident, self.digest_one(ident)))
             if time.monotonic() - begun > DIGEST_SECONDS:
                 break
         self.keep_digests(done)
         self.settle(done[-1][0] if done else last)
-        self.yield_to_reception(begun, before)
+        self.yield_to_reception(begun, last)
         return len(rows)
 
     def settle(self, upto: int) -> None:
@@ -2194,19 +2294,20 @@ class Store:
 
     def yield_to_reception(self, begun: float, before: int) -> None:
         """Pause nine times as long as the work took if mail came in meanwhile."""
-        if self.last_id > before and not self.closing:
+        if self.totals.last_id > before and not self.closing:
             time.sleep(min(1.0, 9 * (time.monotonic() - begun)))
 
     def digest_now(self, idents: Sequence[int]) -> None:
         """Digest these messages and keep the digests in one transaction."""
-        self.keep_digests([(ident, self.digest_one(ident)) for ident in idents])
+        for start in range(0, len(idents), 8):      # texts in memory are to be few
+            self.keep_digests([(ident, self.digest_one(ident))
+                               for ident in idents[start:start + 8]])
 
     def keep_digests(self, digests: Sequence[Tuple[int, Optional[Digest]]]) -> None:
-        """Have the writer keep digests, and remove the files that they replace."""
+        """Have the writer keep digests."""
         found = [(ident, digest) for ident, digest in digests if digest is not None]
         if found:
-            replaced = self.change(functools.partial(self.save_digests, found))
-            self.release(replaced)
+            self.change(functools.partial(self.save_digests, found))
 
     def digest_one(self, ident: int) -> Optional[Digest]:
         """Digest one message; None if it is gone."""
@@ -2217,16 +2318,17 @@ class Store:
             return Digester(self.media, self.raw(ident), row[0]).run()
         except KeyError:
             return None
+        except Unreadable as error:
+            log.error("store: %s", error)
+            return Digest("[]", "null", "a file of this message cannot be read")
         except (OSError, StoreError):
             raise
         except Exception as error:      # a border: the message is kept and served raw
             log.exception("store: message %d cannot be digested", ident)
             return Digest("[]", "null", f"cannot be read: {type(error).__name__}")
 
-    def save_digests(self, found: Sequence[Tuple[int, Digest]], db: sqlite3.Connection,
-                     ) -> List[str]:
-        """Write digests; return the files that they made needless. A job of the writer."""
-        replaced: List[str] = []
+    def save_digests(self, found: Sequence[Tuple[int, Digest]], db: sqlite3.Connection) -> None:
+        """Write digests. A job of the writer."""
         for ident, digest in found:
             row = db.execute("SELECT digested, file FROM message JOIN content USING (id) "
                              "WHERE id = ?", (ident,)).fetchone()
@@ -2245,27 +2347,29 @@ class Store:
             if digest.holes:
                 db.execute("UPDATE content SET raw = ?, file = ?, holes = ? WHERE id = ?",
                            (digest.kept, digest.file, json_text(digest.holes), ident))
-                replaced += [row[1]] if row[1] else []
-        return replaced
+                self.unwanted += [row[1]] if row[1] else []
 
     def index_some(self) -> int:
         """Index the next messages; return how many there were."""
-        if not self.has_index or self.indexed >= self.last_id:
+        last = self.totals.last_id
+        if not self.has_index or self.totals.indexed >= last:
             return 0
-        begun, before = time.monotonic(), self.last_id
-
-        def work(db: sqlite3.Connection) -> Tuple[int, int]:
-            ids = [ident for (ident,) in db.execute(
-                "SELECT id FROM message WHERE id > ? ORDER BY id LIMIT ?",
-                (self.indexed, INDEX_BATCH))]
-            if ids:
-                db.execute("INSERT INTO search (rowid, sender, recipients, subject) "
-                           "SELECT id, fold(sender), fold(recipients), fold(subject) "
-                           "FROM message WHERE id BETWEEN ? AND ?", (ids[0], ids[-1]))
-            return len(ids), ids[-1] if ids else self.last_id
-        count, self.indexed = self.change(work)
-        self.yield_to_reception(begun, before)
+        begun = time.monotonic()
+        count = self.change(functools.partial(self.index_rows, last))
+        self.yield_to_reception(begun, last)
         return count
+
+    def index_rows(self, last: int, db: sqlite3.Connection) -> int:
+        """Index the next messages up to the last; return how many. A job of the writer."""
+        ids = [ident for (ident,) in db.execute(
+            "SELECT id FROM message WHERE id > ? AND id <= ? ORDER BY id LIMIT ?",
+            (self.draft.indexed, last, INDEX_BATCH))]
+        if ids:
+            db.execute("INSERT INTO search (rowid, sender, recipients, subject) "
+                       "SELECT id, fold(sender), fold(recipients), fold(subject) "
+                       "FROM message WHERE id BETWEEN ? AND ?", (ids[0], ids[-1]))
+        self.draft = self.draft._replace(indexed=ids[-1] if ids else last)
+        return len(ids)
 
 
 def quote_words(text: str) -> str:
@@ -2466,7 +2570,7 @@ class Loop:
             if func is None:
                 self.cancelled -= 1
             else:
-                func()
+                self.call(func)
 
     def woken(self, events: int) -> None:
         """Take the bytes that woke the loop."""
@@ -2478,16 +2582,28 @@ class Loop:
         self.thread = threading.get_ident()
         for thread in self.pool:
             thread.start()
-        while not self.stopped:
-            for key, events in self.selector.select(self.patience()):
-                key.data(events)
-            self.now = time.monotonic()
-            for _ in range(len(self.calls)):
-                func, *args = self.calls.popleft()
-                func(*args)
-            self.run_timers()
+        try:
+            while not self.stopped:
+                for key, events in self.selector.select(self.patience()):
+                    self.call(key.data, events)
+                self.now = time.monotonic()
+                for _ in range(len(self.calls)):
+                    self.call(*self.calls.popleft())
+                self.run_timers()
+        finally:
+            self.close()
+
+    def call(self, func: Callable[..., Any], *args: Any) -> None:
+        """Call func(*args); a bug in it is logged and ends nothing else."""
+        try:
+            func(*args)
+        except Exception:               # a border: the server lives
+            log.exception("bug on the loop's thread")
+
+    def close(self) -> None:
+        """Close every stream and end the pool."""
         for stream in list(self.streams):
-            stream.close()
+            self.call(stream.close)
         for _ in self.pool:
             self.jobs.put(None)
         for thread in self.pool:
@@ -2566,10 +2682,11 @@ class Stream:
         elif self.lingered >= 0:
             self.discard()
         else:
-            if events & selectors.EVENT_WRITE or self.interest == selectors.EVENT_READ:
+            interest = self.interest
+            if events & selectors.EVENT_WRITE or interest == selectors.EVENT_READ:
                 self.flush()
-            if self.sock and (events & selectors.EVENT_READ or
-                              self.interest == selectors.EVENT_WRITE):
+            readable = events & selectors.EVENT_READ or interest == selectors.EVENT_WRITE
+            if readable and self.sock and not self.handshaking and self.lingered < 0:
                 self.receive()
 
     def receive(self) -> None:
@@ -2690,9 +2807,13 @@ class Stream:
 
     def start_tls(self) -> None:
         """Begin the handshake (the server's side)."""
-        context = self.listener.tls()
-        self.sock = context.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False,
-                                        suppress_ragged_eofs=True)
+        self.watch(0)
+        try:
+            self.sock = self.listener.tls().wrap_socket(
+                self.sock, server_side=True, do_handshake_on_connect=False)
+        except (OSError, ValueError):       # the peer is gone already
+            self.close()
+            return
         self.handshaking = True
         self.handshake()
 
@@ -2740,6 +2861,8 @@ class Stream:
             self.close()                                    # it does not even read
         else:
             self.stop("timeout")
+            if self.sock and self.lingered < 0:         # it does not take its last words
+                self.timer = self.loop.call_later(LINGER_SECONDS, self.close)
 
     def stop(self, why: str) -> None:
         """Have the session say its last words, now or when what it is at is done."""
@@ -2755,6 +2878,10 @@ class Stream:
         """
         if self.session.wants is not None and isinstance(self.session.wants, (Work, Ask)):
             return                      # the answer is still to come
+        if self.session.outbox and self.sock:
+            self.session.wants = None   # what was said already is still to be taken
+            self.watch(selectors.EVENT_WRITE)
+            return
         self.session.ended()
         if self.eof or not self.sock:
             self.close()
@@ -3270,11 +3397,11 @@ class SMTPSession(Session):
         scanned = 0
         while True:
             end = self.inbox.find(b"\n", scanned)
+            if end > MAX_COMMAND or (end < 0 and len(self.inbox) > MAX_COMMAND):
+                yield from self.skip_line()
             if end >= 0:
                 break
             scanned = len(self.inbox)
-            if scanned > MAX_COMMAND:
-                yield from self.skip_line()
             yield READ
         line = bytes(self.inbox[:end + 1])
         del self.inbox[:end + 1]
@@ -3283,8 +3410,6 @@ class SMTPSession(Session):
             self.eol = b"\n"
         if not line.endswith(self.eol):
             raise SMTPError(500, "5.5.2", "Lines must end with CRLF")
-        if len(line) > MAX_COMMAND:
-            raise SMTPError(500, "5.5.2", f"Line is longer than {MAX_COMMAND} bytes")
         try:
             text = line[:-len(self.eol)].decode("utf-8").rstrip(" \t\r")
         except UnicodeDecodeError:
@@ -3300,13 +3425,12 @@ class SMTPSession(Session):
         skipped = 0
         while True:
             end = self.inbox.find(b"\n")
-            if end >= 0:
-                del self.inbox[:end + 1]
-                raise SMTPError(500, "5.5.2", f"Line is longer than {MAX_COMMAND} bytes")
-            skipped += len(self.inbox)
-            self.inbox.clear()
+            skipped += end if end >= 0 else len(self.inbox)
+            del self.inbox[:end + 1 if end >= 0 else len(self.inbox)]
             if skipped > MAX_JUNK:
                 raise Goodbye(421, "4.5.2", "Line is far too long")
+            if end >= 0:
+                raise SMTPError(500, "5.5.2", f"Line is longer than {MAX_COMMAND} bytes")
             yield READ
 
     def obey(self, line: str) -> Steps:
@@ -3466,8 +3590,9 @@ class SMTPSession(Session):
                 data = bytes(self.inbox[begun:cut])
                 del self.inbox[:cut]
                 yield from body.take(undotted(data, dot, eol, begun) if dotted >= 0 else data)
-                begun, dotted = 0, -1
-            scanned = max(0, len(self.inbox) - keep)
+                begun, dotted, scanned = 0, -1, 0
+            else:
+                scanned = max(0, len(self.inbox) - keep)
             yield READ
 
     @smtp("BDAT size [LAST]")
@@ -3626,24 +3751,23 @@ class SMTPSession(Session):
             raise SMTPError(503, "5.5.1", "A transaction is open")
         if not arg:
             raise SMTPError(501, "5.5.4", "Syntax: XCLIENT NAME=value ...")
+        address = ""
         for pair in arg.split():
             name, equals, value = pair.partition("=")
             value = re.sub(r"\+([0-9A-F]{2})", lambda match: chr(int(match.group(1), 16)), value)
             if name.upper() not in XCLIENT_NAMES or not equals or not value.isprintable():
                 raise SMTPError(501, "5.5.4", "XCLIENT has an attribute that is not known")
             if name.upper() == "ADDR" and not value.upper().endswith("UNAVAILABLE]"):
-                self.take_peer(re.sub("(?i)^ipv6:", "", value))
+                address = parse_ip(re.sub("(?i)^ipv6:", "", value))
+        self.take_peer(address or self.peer)
         log.info("%s client: %s", self.ident, self.peer)
         self.helo, self.lines = "", 1
         self.reset()
         return self.greeting()
 
-    def take_peer(self, text: str) -> None:
+    def take_peer(self, address: str) -> None:
         """Take an address that a proxy names as the peer's."""
-        try:
-            self.peer = str(ipaddress.ip_address(text))
-        except ValueError:
-            raise SMTPError(501, "5.5.4", "Not an IP address") from None
+        self.peer = address
         self.loopback = is_loopback(self.peer)
         self.proxy = False              # from here on its client speaks
 
@@ -3669,7 +3793,7 @@ class SMTPSession(Session):
                     raise ValueError("not a PROXY line")
                 address = (match.group(1) or b"").decode("ascii", "replace")
             if address:
-                self.take_peer(address)
+                self.take_peer(parse_ip(address))
         except (ValueError, SMTPError) as error:
             log.warning("%s %s sent no PROXY header: %s", self.ident, self.peer, error)
             self.write(Reply(421, "4.3.5", "This port wants a PROXY header").encode())
@@ -3682,12 +3806,22 @@ def undotted(data: bytes, dot: bytes, eol: bytes, begun: int) -> bytes:
     return data.replace(dot, eol)
 
 
+def parse_ip(text: str) -> str:
+    """Return an IP address in its short form, or raise the refusal for what is none."""
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError:
+        raise SMTPError(501, "5.5.4", "Not an IP address") from None
+
+
 def proxy_address(command: int, family: int, data: bytes) -> str:
     """Return the source address of a PROXY v2 header; nothing for health checks (LOCAL)."""
     size = {1: 4, 2: 16}.get(family, 0)
-    if command not in (0, 1) or len(data) < 2 * size + (4 if size else 0):
+    if command == 0 or (command == 1 and not size):
+        return ""
+    if command != 1 or len(data) < 2 * size + 4:
         raise ValueError("not a PROXY command")
-    return str(ipaddress.ip_address(data[:size])) if command == 1 and size else ""
+    return str(ipaddress.ip_address(data[:size]))
 
 
 SENDER_OK = Reply(250, "2.1.0", "Sender OK")
@@ -3786,7 +3920,7 @@ class Intake:
 
     def discard(self, spool: Spool) -> None:
         """Remove a file that is not needed after all."""
-        self.loop.work(spool.discard, (), ignore)
+        self.loop.work(self.store.drop, (spool,), ignore)
 
     def note(self, what: str, why: str) -> None:
         """Count a refusal."""
@@ -3954,6 +4088,7 @@ class Route(NamedTuple):
     func: Callable[..., Any]
     params: Tuple[str, ...]
     required: Tuple[str, ...]
+    answer: str                         # its name in SCHEMAS, or the media type of plain bytes
     open: bool                          # no token is asked for
     changes: bool                       # not for a HEAD, nor for a page from elsewhere
 
@@ -3961,14 +4096,14 @@ class Route(NamedTuple):
 ROUTES: Dict[Tuple[str, str], Route] = {}
 
 
-def route(methods: str, *paths: str, params: Sequence[str] = (), required: Sequence[str] = (),
-          open: bool = False) -> Any:
+def route(methods: str, *paths: str, answer: str, params: Sequence[str] = (),
+          required: Sequence[str] = (), open: bool = False) -> Any:
     """Enter a function as the server of paths under one or more methods."""
     def enter(func: Callable[..., Any]) -> Callable[..., Any]:
         for path in paths:
             for method in methods.split():
                 ROUTES[method, path] = Route(method, path, func, tuple(required) + tuple(params),
-                                             tuple(required), open, methods != "GET")
+                                             tuple(required), answer, open, methods != "GET")
         return func
     return enter
 
@@ -3979,7 +4114,7 @@ class Request(NamedTuple):
     store: Store
     params: Dict[str, Any]
     headers: Any
-    method: str
+    head: bool                          # only the header of the answer is wanted
 
     def filter(self) -> Filter:
         """Return the filter that the parameters describe."""
@@ -4026,9 +4161,9 @@ def full_items(store: Store, messages: Sequence[Message]) -> List[str]:
 
 
 def text_line(message: Message) -> str:
-    """Return a message as one line of tab-separated values; no value holds a tab, none is empty.
+    """Return a message as one line of tab-separated values; no value holds a tab.
 
-    So that `IFS=tab read` of a shell, which takes two tabs for one, gets the fields right.
+    None is empty: `IFS=tab read` of a shell takes two tabs for one.
     """
     values = (message.id, message.received, message.is_read, message.size, message.attachments,
               message.sender or "<>", message.recipients.replace("\n", ","), message.subject or "-")
@@ -4057,13 +4192,13 @@ def mbox_pieces(store: Store, messages: Iterable[Message]) -> Iterator[bytes]:
 
 # -- The routes --
 
-@route("GET", "/count")
+@route("GET", "/count", answer="Count")
 def get_count(request: Request) -> Any:
     """Return the number of all messages."""
     return {"count": request.store.count(Filter())}
 
 
-@route("GET", "/filter_count", "/search_count", params=FILTERS)
+@route("GET", "/filter_count", "/search_count", answer="Count", params=FILTERS)
 def get_filter_count(request: Request) -> Any:
     """Return the number of messages that match."""
     return found_or_nothing({"count": request.store.count(request.filter())})
@@ -4095,15 +4230,16 @@ def list_messages(request: Request, items: Callable[[Sequence[Message]], str]) -
     raise Nothing(answer)
 
 
-@route("GET", "/list", params=START + PAGES)
-@route("GET", "/filter_list", "/search_list", params=FILTERS + PAGES)
+@route("GET", "/list", answer="List", params=START + PAGES)
+@route("GET", "/filter_list", "/search_list", answer="List", params=FILTERS + PAGES)
 def get_list(request: Request) -> Any:
     """List messages with headers and body."""
     return list_messages(request, lambda messages: ",".join(full_items(request.store, messages)))
 
 
-@route("GET", "/list_short", params=START + PAGES)
-@route("GET", "/filter_list_short", "/search_list_short", params=FILTERS + PAGES)
+@route("GET", "/list_short", answer="ShortList", params=START + PAGES)
+@route("GET", "/filter_list_short", "/search_list_short", answer="ShortList",
+       params=FILTERS + PAGES)
 def get_list_short(request: Request) -> Any:
     """List messages without headers and body."""
     return list_messages(request, lambda messages: json_text(
@@ -4123,13 +4259,13 @@ def no_such_mail() -> Problem:
     return Problem(404, "mail_id: there is no such message")
 
 
-@route("GET", "/mail", required=("mail_id",), params=("mail_format",))
+@route("GET", "/mail", answer="Mail", required=("mail_id",), params=("mail_format",))
 def get_mail(request: Request) -> Any:
     """Return a message with headers and body."""
     return show_mail(request, find_mail(request))
 
 
-@route("GET", "/latest", params=FILTERS + ("mail_format",))
+@route("GET", "/latest", answer="Mail", params=FILTERS + ("mail_format",))
 def get_latest(request: Request) -> Any:
     """Return the newest message that matches, as /mail does; 404 if none does."""
     return show_mail(request, find_latest(request))
@@ -4157,7 +4293,7 @@ def show_mail(request: Request, message: Message) -> Any:
     return Answer(items[0].encode("utf-8", "replace"), "application/json")
 
 
-@route("GET", "/raw", required=("mail_id",))
+@route("GET", "/raw", answer="message/rfc822", required=("mail_id",))
 def get_raw(request: Request) -> Any:
     """Return a message as it was received, under the fields added on top."""
     return show_raw(request, find_mail(request))
@@ -4174,7 +4310,7 @@ def show_raw(request: Request, message: Message) -> Answer:
     return Answer(source.windows(0, source.size), "message/rfc822", headers, source.size)
 
 
-@route("GET", "/code", params=("mail_id",) + FILTERS)
+@route("GET", "/code", answer="Codes", params=("mail_id",) + FILTERS)
 def get_code(request: Request) -> Any:
     """Return the one-time codes and the links in a message: mail_id, or the newest that matches."""
     message = find_mail(request) if request.params["mail_id"] else find_latest(request)
@@ -4200,7 +4336,7 @@ def get_code(request: Request) -> Any:
 INLINE = {"image/png", "image/jpeg", "image/gif", "image/webp", "text/plain", "application/pdf"}
 
 
-@route("GET", "/media", required=("hash",))
+@route("GET", "/media", answer="*/*", required=("hash",))
 def get_media(request: Request) -> Any:
     """Return an attachment, or the range of it that is asked for."""
     name = request.params["hash"]
@@ -4212,13 +4348,11 @@ def get_media(request: Request) -> Any:
                "Content-Security-Policy": "sandbox; default-src 'none'",
                "Content-Disposition": content_disposition(
                    "inline" if mime in INLINE else "attachment", filename)}
-    if mime.startswith("text/"):
-        mime += "; charset=utf-8"
     try:
         source = request.store.media.source(name)
     except FileNotFoundError:
         raise Problem(404, "hash: there is no such attachment") from None
-    wanted = request.headers.get("Range", "")
+    wanted = request.headers.get("Range", "") if not request.head else ""     # RFC 9110 14.2
     if request.headers.get("If-Range", f'"{name}"') != f'"{name}"':
         wanted = ""
     start, end = read_range(wanted, size_)
@@ -4244,7 +4378,7 @@ def read_range(text: str, size_: int) -> Tuple[int, int]:
     return (start, end) if start < end else (0, size_)
 
 
-@route("GET POST", "/set_read", required=("mail_id", "is_read"))
+@route("GET POST", "/set_read", answer="ReadState", required=("mail_id", "is_read"))
 def set_read(request: Request) -> Any:
     """Set the read state of a message."""
     if not request.store.set_read(request.params["mail_id"], request.params["is_read"]):
@@ -4252,7 +4386,7 @@ def set_read(request: Request) -> Any:
     return {"is_read": request.params["is_read"]}
 
 
-@route("POST DELETE", "/delete", required=("mail_id",))
+@route("POST DELETE", "/delete", answer="Deleted", required=("mail_id",))
 def delete(request: Request) -> Any:
     """Delete a message, with the attachments that no other has."""
     if not request.store.delete(request.params["mail_id"]):
@@ -4260,7 +4394,7 @@ def delete(request: Request) -> Any:
     return {"deleted": request.params["mail_id"]}
 
 
-@route("GET", "/auth", open=True)
+@route("GET", "/auth", answer="text/plain", open=True)
 def get_auth(request: Request) -> Any:
     """Answer nginx's question where a client's mail shall go (ngx_mail_auth_http_module)."""
     headers = request.headers
@@ -4286,14 +4420,14 @@ def get_auth(request: Request) -> Any:
                                       "Auth-Port": str(port_ or request.app.smtp_port)})
 
 
-@route("GET", "/healthz", open=True)
+@route("GET", "/healthz", answer="Health", open=True)
 def get_health(request: Request) -> Any:
     """Say that the server lives and can read its store."""
     request.store.find(1)
     return {"status": "ok", "version": __version__}
 
 
-@route("GET", "/metrics")
+@route("GET", "/metrics", answer="text/plain")
 def get_metrics(request: Request) -> Any:
     """Return figures in the text format of Prometheus."""
     lines = []
@@ -4303,28 +4437,84 @@ def get_metrics(request: Request) -> Any:
     return Answer(("\n".join(lines) + "\n").encode(), "text/plain; version=0.0.4; charset=utf-8")
 
 
-@route("GET", "/openapi.json")
+def shape(optional: Sequence[str] = (), **properties: Any) -> Dict[str, Any]:
+    """Return the schema of an object; a property is a type's name or a schema."""
+    described = {name: {"type": kind} if isinstance(kind, str) else kind
+                 for name, kind in properties.items()}
+    return {"type": "object", "properties": described,
+            "required": [name for name in described if name not in optional]}
+
+
+def list_of(kind: Any) -> Dict[str, Any]:
+    """Return the schema of a list."""
+    return {"type": "array", "items": {"type": kind} if isinstance(kind, str) else kind}
+
+
+def refer(name: str) -> Dict[str, Any]:
+    """Return a reference to one of SCHEMAS."""
+    return {"$ref": "#/components/schemas/" + name}
+
+
+SHORT_ITEM: Dict[str, Any] = {
+    "timestamp": "integer", "mail_id": "integer", "mail_from": "string",
+    "mail_to": list_of("string"), "mail_subject": "string", "is_read": "integer",
+    "size": "integer", "attachment_count": "integer"}
+HEADERS = {"type": "object", "additionalProperties": {"type": "string"}}
+SCHEMAS = {
+    "Error": shape(error="string"),
+    "Count": shape(count="integer"),
+    "Short": shape(**SHORT_ITEM),
+    "Body": shape(("mime", "text", "size", "hash", "filename", "content_id", "items",
+                   "mail_headers"),
+                  type="string", mime="string", text="string", size="integer", hash="string",
+                  filename="string", content_id="string", items=list_of(refer("Body")),
+                  mail_headers=HEADERS),
+    "Mail": shape(("parse_error",), **SHORT_ITEM, parse_error="string", mail_headers=HEADERS,
+                  mail_headers_all=list_of(list_of("string")),
+                  mail_body={"nullable": True, "allOf": [refer("Body")]}),
+    "ShortList": shape(items=list_of(refer("Short")), count="integer"),
+    "List": shape(items=list_of(refer("Mail")), count="integer"),
+    "Codes": shape(mail_id="integer", codes=list_of("string"), links=list_of("string")),
+    "ReadState": shape(is_read="integer"),
+    "Deleted": shape(deleted="integer"),
+    "Health": shape(status="string", version="string"),
+    "Description": {"type": "object"},
+}
+FORM_TYPES = {"text": "text/plain", "mbox": "application/mbox", "eml": "message/rfc822"}
+
+
+@route("GET", "/openapi.json", answer="Description")
 def get_openapi(request: Request) -> Any:
     """Return the description of this API (OpenAPI 3.0)."""
     paths: Dict[str, Any] = {}
     for (method, path), entry in ROUTES.items():
-        params = [{"name": SPELLED.get(name, name), "in": "query", "schema": PARAMS[name].schema,
-                   "required": name in entry.required, "description": PARAMS[name].help}
-                  for name in entry.params]
-        problem = {"description": "An error.", "content": {"application/json": {
-            "schema": {"$ref": "#/components/schemas/Error"}}}}
-        paths.setdefault(path, {})[method.lower()] = {
-            "operationId": method.lower() + path.replace("/", "_").replace(".", "_"),
-            "summary": (entry.func.__doc__ or "").split("\n")[0], "parameters": params,
-            "responses": {"200": {"description": "The answer."}, "default": problem}}
-    error = {"type": "object", "required": ["error"],
-             "properties": {"error": {"type": "string"}}}
+        paths.setdefault(path, {})[method.lower()] = describe_route(entry)
     return {"openapi": "3.0.3", "paths": paths,
             "info": {"title": "pegmail", "version": __version__},
-            "components": {"schemas": {"Error": error}, "securitySchemes": {
+            "components": {"schemas": SCHEMAS, "securitySchemes": {
                 "token": {"type": "http", "scheme": "bearer"},
                 "basic": {"type": "http", "scheme": "basic"}}},
             "security": [{"token": []}, {"basic": []}, {}]}
+
+
+def describe_route(entry: Route) -> Dict[str, Any]:
+    """Return the description of a route."""
+    params = [{"name": SPELLED.get(name, name), "in": "query", "schema": PARAMS[name].schema,
+               "required": name in entry.required, "description": PARAMS[name].help}
+              for name in entry.params]
+    if entry.answer in SCHEMAS:
+        content: Dict[str, Any] = {"application/json": {"schema": refer(entry.answer)}}
+    else:
+        content = {entry.answer: {"schema": {"type": "string", "format": "binary"}}}
+    for name in {"format", "mail_format"}.intersection(entry.params):
+        content.update({FORM_TYPES[form]: {"schema": {"type": "string"}}
+                        for form in PARAMS[name].schema["enum"] if form in FORM_TYPES})
+    problem = {"description": "An error.",
+               "content": {"application/json": {"schema": refer("Error")}}}
+    return {"operationId": entry.method.lower() + re.sub("[/.]", "_", entry.path),
+            "summary": (entry.func.__doc__ or "").split("\n")[0], "parameters": params,
+            "responses": {"200": {"description": "The answer.", "content": content},
+                          "default": problem}}
 
 
 # -- Answering: http.server's handler over one request in memory --
@@ -4393,8 +4583,14 @@ class APIHandler(http.server.BaseHTTPRequestHandler):
 
     def find_answer(self) -> Any:
         """Check who asks and for what; return what the route returns."""
-        target = re.sub(r"^https?://[^/?]*", "", self.path, flags=re.I)     # RFC 9112 3.2.2
-        path, _, query = target.partition("?")
+        hosts = self.headers.get_all("Host") or []
+        if len(hosts) > 1 or (not hosts and self.request_version >= "HTTP/1.1"):
+            raise Problem(400, "one Host is needed")                # RFC 9112 3.2
+        target = re.fullmatch(r"(?i)https?://([^/?#]+)(.*)", self.path)         # RFC 9112 3.2.2
+        if target:
+            self.headers.replace_header("Host", target.group(1)) if hosts else None
+            self.path = target.group(2)
+        path, _, query = self.path.partition("?")
         method = "GET" if self.command == "HEAD" else self.command
         entry = ROUTES.get((method, path))
         if entry and entry.changes and self.command == "HEAD":
@@ -4411,7 +4607,8 @@ class APIHandler(http.server.BaseHTTPRequestHandler):
         if entry.changes:
             self.app.check_origin(self.headers)
         self.params = read_params(entry, query, self.body_params())
-        return entry.func(Request(self.app, self.app.store, self.params, self.headers, method))
+        return entry.func(Request(self.app, self.app.store, self.params, self.headers,
+                                  self.command == "HEAD"))
 
     def body_params(self) -> List[Tuple[str, str]]:
         """Return the parameters in the body: a form, or a JSON object."""
@@ -4493,6 +4690,10 @@ class APIHandler(http.server.BaseHTTPRequestHandler):
         self.request_version = "HTTP/1.1"
         self.send_problem(Problem(code, clean_line(message or "bad request")))
 
+    def handle_expect_100(self) -> bool:
+        """Go on: the session has asked for the body already."""
+        return True
+
     def log_message(self, format: str, *args: Any) -> None:
         """Log nothing: each answer is counted, each failure logged where it happens."""
 
@@ -4521,14 +4722,24 @@ def is_known(tag: str, header: str) -> bool:
 
 def accepts_gzip(header: str) -> bool:
     """Does an Accept-Encoding let gzip through (RFC 9110 12.5.3)?"""
-    match = re.search(r"(?:^|[\s,])(?:x-)?(?:gzip|\*)\s*(?:;\s*q=([\d.]+))?\s*(?:,|$)", header)
-    return bool(match) and (match.group(1) or "1").strip("0.") != ""    # type: ignore[union-attr]
+    weights = {}
+    for item in header.lower().split(",")[:50]:
+        name, _, weight = item.partition(";")
+        weights[name.strip()] = weight.replace(" ", "").partition("q=")[2] or "1"
+    weight = weights.get("gzip", weights.get("x-gzip", weights.get("*", "0")))
+    return weight.strip("0.") != ""
 
 
 def read_query(query: str) -> List[Tuple[str, str]]:
     """Return the names and values of a query."""
     try:
-        return urllib.parse.parse_qsl(query, keep_blank_values=True, max_num_fields=50,
+        text = query.encode("latin-1").decode("utf-8")      # http.server reads bytes as Latin-1
+    except UnicodeEncodeError:
+        text = query                                        # from a body, read as UTF-8
+    except UnicodeDecodeError:
+        raise Problem(400, "the query is not UTF-8") from None
+    try:
+        return urllib.parse.parse_qsl(text, keep_blank_values=True, max_num_fields=50,
                                       errors="strict")
     except ValueError:
         raise Problem(400, "the query cannot be read as UTF-8 names and values") from None
@@ -4687,7 +4898,7 @@ class HTTPApp:
             ("http_answers_total", "counter", "HTTP answers by status.",
              labelled("status", self.answers)),
             ("http_waiting", "gauge", "Requests that wait for mail.", [("", len(self.waiting))]),
-            ("messages", "gauge", "Messages in the store.", [("", store.total)]),
+            ("messages", "gauge", "Messages in the store.", [("", store.totals.total)]),
             ("commits_total", "counter", "Transactions committed.", [("", figures["commits"])]),
             ("commit_jobs_total", "counter", "Changes committed.", [("", figures["jobs"])]),
             ("commit_seconds_total", "counter", "Time spent on transactions.",
@@ -4695,9 +4906,10 @@ class HTTPApp:
             ("queue_jobs", "gauge", "Changes that wait for the writer.",
              [("", store.jobs.qsize())]),
             ("digest_lag", "gauge", "Message numbers not digested yet.",
-             [("", max(0, store.last_id - store.digested))]),
+             [("", max(0, store.totals.last_id - store.digested))]),
             ("index_lag", "gauge", "Message numbers not indexed yet.",
-             [("", max(0, store.last_id - store.indexed) if store.has_index else 0)]),
+             [("", max(0, store.totals.last_id - store.totals.indexed)
+              if store.has_index else 0)]),
         ]
 
 
@@ -4709,11 +4921,24 @@ def has_token(header: str, token: str) -> bool:
         value = value.partition(":")[2]
     elif scheme.lower() != "bearer":
         return False
+    else:
+        value = value.encode("latin-1", "replace").decode("utf-8", "replace")
     return hmac.compare_digest(value.strip().encode("utf-8", "replace"), token.encode("utf-8"))
 
 
 HEAD_END = re.compile(rb"\r?\n\r?\n")
-CONTENT_LENGTH = re.compile(rb"\ncontent-length[ \t]*:[ \t]*(\d{1,18})[ \t]*\r?(?=\n)", re.I)
+EXPECT = re.compile(rb"(?s)\A[^\n]* HTTP/1\.1\r?\n.*\nexpect[ \t]*:[ \t]*100-continue|"
+                    rb"\A[^\n]* HTTP/1\.1\r?\nexpect[ \t]*:[ \t]*100-continue", re.I)
+CONTENT_LENGTH = re.compile(rb"\ncontent-length[ \t]*:[ \t]*([^\r\n]*?)[ \t]*(?=[\r\n])", re.I)
+
+
+def plain_problem(status: int, text: str, *fields: str) -> bytes:
+    """Return the answer to what is not even read; the connection ends with it."""
+    body = json_text({"error": text}).encode() + b"\n"
+    head = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", "Content-Type: application/json",
+            f"Content-Length: {len(body)}", "X-Content-Type-Options: nosniff", "Connection: close",
+            *fields, "", ""]
+    return "\r\n".join(head).encode() + body
 
 
 class HTTPSession(Session):
@@ -4755,9 +4980,11 @@ class HTTPSession(Session):
 
     def read_request(self) -> Steps:
         """Wait for a whole request; return its bytes, None after a refusal."""
-        self.busy = False
+        self.busy = bool(self.inbox)
         scanned = 0
         while True:
+            while self.inbox[:2] == b"\r\n":           # RFC 9112 2.2: an empty line before it
+                del self.inbox[:2]
             match = HEAD_END.search(self.inbox, max(0, scanned - 3))
             if match:
                 break
@@ -4773,22 +5000,19 @@ class HTTPSession(Session):
         if re.search(rb"\ntransfer-encoding[ \t]*:", head, re.I):
             return self.refuse(411, "a body needs Content-Length")
         lengths = set(CONTENT_LENGTH.findall(head))
-        if len(lengths) > 1 or (not lengths and re.search(rb"\ncontent-length", head, re.I)):
+        if len(lengths) > 1 or not all(re.fullmatch(b"[0-9]{1,18}", text) for text in lengths):
             return self.refuse(400, "Content-Length is not a number")
         length = int(lengths.pop()) if lengths else 0
         if length > MAX_BODY:
             return self.refuse(413, f"the body is larger than {MAX_BODY} bytes")
-        if length > len(self.inbox) and re.search(rb"\nexpect[ \t]*:[ \t]*100", head, re.I):
+        if length > len(self.inbox) and EXPECT.search(head):
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = yield from self.read_exactly(length)
         return head + body
 
     def refuse(self, status: int, text: str) -> None:
         """Answer a request that is not even read, and end the connection."""
-        body = json_text({"error": text}).encode()
-        phrase = http.HTTPStatus(status).phrase
-        self.write(f"HTTP/1.1 {status} {phrase}\r\nContent-Type: application/json\r\n"
-                   f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
+        self.write(plain_problem(status, text))
         self.app.count_answer(status)
 
     def send_pieces(self, pieces: Iterator[bytes], chunked: bool) -> Steps:
@@ -4951,8 +5175,7 @@ class Server:
         """Begin to accept on every socket."""
         settings = self.settings
         busy = Reply(421, "4.7.0", f"{settings.hostname} Too many connections, try again later")
-        crowded = (b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\n"
-                   b"Content-Length: 0\r\nConnection: close\r\n\r\n")
+        crowded = plain_problem(503, "too many connections, try again later", "Retry-After: 5")
         for kind, sock in self.bound:
             limits = self.http.limits.setdefault(kind, Limits(
                 settings.max_connections, settings.max_connections_per_peer,
