@@ -1739,16 +1739,19 @@ class Store:
                  now: Callable[[], float] = time.time) -> None:
         self.db_path = db_path
         self.now = now
+        create_private(db_path)
         self.lock_file = lock_database(db_path)
+        self.db: Any = None
         try:
             self.db = self.open_writer()
             self.media = Media(media_path, hash_bytes, self.owner())
             self.load_state()
-        except OSError as error:
+        except BaseException as error:
+            if self.db is not None:
+                self.db.close()
             self.lock_file.close()
-            raise SettingsError(f"--media_path {media_path}: {reason(error)}") from None
-        except BaseException:
-            self.lock_file.close()
+            if isinstance(error, OSError):
+                raise SettingsError(f"--media_path {media_path}: {reason(error)}") from None
             raise
         self.listeners: List[Callable[[], None]] = []
         self.version = 0                 # grows with each change that lists show
@@ -1775,22 +1778,35 @@ class Store:
     def open_writer(self) -> sqlite3.Connection:
         """Open the database for writing and bring its tables up to date."""
         create_private(self.db_path)
+        db = sqlite3.connect(self.db_path, isolation_level=None, check_same_thread=False,
+                             cached_statements=4 * MAX_BATCH, timeout=5)
         try:
-            db = sqlite3.connect(self.db_path, isolation_level=None, check_same_thread=False,
-                                 cached_statements=4 * MAX_BATCH, timeout=5)
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = FULL")
-            db.execute("PRAGMA wal_autocheckpoint = 2000")
-            db.execute(f"PRAGMA journal_size_limit = {MAX_WAL}")
-            db.create_function("fold", 1, fold, deterministic=True)
+            self.prepare(db)
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def prepare(self, db: sqlite3.Connection) -> None:
+        """Set a connection up for writing and bring the tables up to date."""
+        try:
             version = db.execute("PRAGMA user_version").fetchone()[0]
+            foreign = not version and db.execute("SELECT 1 FROM sqlite_master").fetchone()
         except sqlite3.Error as error:
             raise SettingsError(f"--db_path {self.db_path}: {error}; is it a pegmail database on "
                                 "a local disk?") from None
         if version > SCHEMA:
             raise SettingsError(f"--db_path {self.db_path}: was made by a newer pegmail (schema "
                                 f"{version}, this one knows {SCHEMA}); use that one")
+        if foreign:
+            raise SettingsError(f"--db_path {self.db_path}: is another program's database; choose "
+                                "another file")
         try:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = FULL")
+            db.execute("PRAGMA wal_autocheckpoint = 2000")
+            db.execute(f"PRAGMA journal_size_limit = {MAX_WAL}")
+            db.create_function("fold", 1, fold, deterministic=True)
             for number_, script in enumerate(MIGRATIONS[version:], version + 1):
                 db.executescript(f"BEGIN;{script}PRAGMA user_version = {number_};COMMIT;")
         except sqlite3.Error as error:
@@ -1804,7 +1820,6 @@ class Store:
             if not re.search("no such (tokenizer|module)|error in tokenizer", str(error)):
                 raise SettingsError(f"--db_path {self.db_path}: {error}") from None
             self.has_index = False              # SQLite before 3.34 or without FTS5: LIKE serves
-        return db
 
     def owner(self) -> str:
         """Return the name by which the media tree knows its database."""
@@ -2302,6 +2317,13 @@ class Store:
         for start in range(0, len(idents), 8):      # texts in memory are to be few
             self.keep_digests([(ident, self.digest_one(ident))
                                for ident in idents[start:start + 8]])
+
+    def digest_tail(self) -> int:
+        """Digest some of what waits for it; return how many messages that were."""
+        rows = self.read_rows("SELECT id FROM message WHERE id > ? AND digested = 0 "
+                              "ORDER BY id DESC LIMIT ?", (self.digested, DIGEST_BATCH))
+        self.digest_now([ident for (ident,) in rows])
+        return len(rows)
 
     def keep_digests(self, digests: Sequence[Tuple[int, Optional[Digest]]]) -> None:
         """Have the writer keep digests."""
@@ -4341,6 +4363,8 @@ def get_media(request: Request) -> Any:
     """Return an attachment, or the range of it that is asked for."""
     name = request.params["hash"]
     found = request.store.attachment(name)
+    if found is None and request.store.digest_tail():
+        found = request.store.attachment(name)
     if found is None:
         raise Problem(404, "hash: there is no such attachment")
     filename, mime, size_ = found
@@ -4665,8 +4689,8 @@ class APIHandler(http.server.BaseHTTPRequestHandler):
         for name, value in COMMON_HEADERS:
             self.send_header(name, value)
         self.send_header("Date", self.date_time_string())
-        if self.close_connection:
-            self.send_header("Connection", "close")
+        if self.close_connection or self.request_version < "HTTP/1.1":
+            self.send_header("Connection", "close" if self.close_connection else "keep-alive")
         if isinstance(body, bytes):
             size_ = len(body)
         if size_ is not None and status != 304:
@@ -4929,7 +4953,7 @@ def has_token(header: str, token: str) -> bool:
 HEAD_END = re.compile(rb"\r?\n\r?\n")
 EXPECT = re.compile(rb"(?s)\A[^\n]* HTTP/1\.1\r?\n.*\nexpect[ \t]*:[ \t]*100-continue|"
                     rb"\A[^\n]* HTTP/1\.1\r?\nexpect[ \t]*:[ \t]*100-continue", re.I)
-CONTENT_LENGTH = re.compile(rb"\ncontent-length[ \t]*:[ \t]*([^\r\n]*?)[ \t]*(?=[\r\n])", re.I)
+CONTENT_LENGTH = re.compile(rb"\ncontent-length[ \t]*:[ \t]*([^\r\n]*)", re.I)
 
 
 def plain_problem(status: int, text: str, *fields: str) -> bytes:
@@ -4999,7 +5023,7 @@ class HTTPSession(Session):
         del self.inbox[:match.end()]
         if re.search(rb"\ntransfer-encoding[ \t]*:", head, re.I):
             return self.refuse(411, "a body needs Content-Length")
-        lengths = set(CONTENT_LENGTH.findall(head))
+        lengths = {text.rstrip() for text in CONTENT_LENGTH.findall(head)}
         if len(lengths) > 1 or not all(re.fullmatch(b"[0-9]{1,18}", text) for text in lengths):
             return self.refuse(400, "Content-Length is not a number")
         length = int(lengths.pop()) if lengths else 0
@@ -5099,7 +5123,8 @@ class LogWriter(logging.Handler):
             while not self.lines.empty() and len(lines) < MAX_LOG:
                 lines.append(self.lines.get())
             if self.dropped:
-                lines.insert(0, f"{self.dropped} log lines were dropped\n")
+                text = f"{self.dropped} log lines were dropped"
+                lines.insert(0, (json_text({"text": text}) if self.form == "json" else text) + "\n")
                 self.dropped = 0
             with contextlib.suppress(OSError, ValueError):      # nobody is there to be told
                 self.file.write("".join(line for line in lines if line is not None))
@@ -5126,6 +5151,7 @@ class Server:
         self.listeners: List[Listener] = []
         self.sockets: List[socket.socket] = []
         self.stopping = False
+        self.on_terminal = False        # a SIGHUP means that it was closed
         context = load_certificate(settings)
         raise_file_limit(settings.max_connections)
         try:
@@ -5248,10 +5274,10 @@ class Server:
             self.loop.call_later(RELOAD_SECONDS, self.watch_certificate)
 
     def reload(self, *_: Any) -> None:
-        """Read the certificate again, for SIGHUP; where there is none, a terminal was closed."""
+        """Read the certificate again, for SIGHUP; that also comes when a terminal is closed."""
         if self.settings.ssl_cert:
             self.loop.work(self.renew_certificate, (True,), ignore)
-        else:
+        elif self.on_terminal:
             self.stop()
 
     def renew_certificate(self, anyway: bool) -> None:
@@ -5270,8 +5296,8 @@ class Server:
 def certificate_times(settings: Settings) -> Any:
     """Return what changes when the certificate's files do."""
     try:
-        return [os.stat(path)[stat.ST_MTIME:] + (os.stat(path).st_ino, os.stat(path).st_size)
-                for path in (settings.ssl_cert, settings.ssl_key) if path]
+        found = [os.stat(path) for path in (settings.ssl_cert, settings.ssl_key) if path]
+        return [(status.st_mtime_ns, status.st_ino, status.st_size) for status in found]
     except OSError as error:
         return str(error)
 
@@ -5583,9 +5609,13 @@ def serve(server: Server) -> int:
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, server.stop)
+    with contextlib.suppress(OSError):
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+        server.on_terminal = True
     signal.signal(signal.SIGHUP, server.reload)
     # The system may hand a signal to any thread; the one that handles it sleeps in the loop.
-    signal.set_wakeup_fd(server.loop.waker.fileno(), warn_on_full_buffer=False)
+    waker = os.dup(server.loop.waker.fileno())
+    signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
     try:
         sys.stdout.write(start_lines(server))
         sys.stdout.flush()
@@ -5595,6 +5625,7 @@ def serve(server: Server) -> int:
         server.run()
     finally:
         signal.set_wakeup_fd(-1)
+        os.close(waker)
         log.info("stopped")
         log.removeHandler(writer)
         writer.close()
