@@ -526,9 +526,13 @@ def parse_address(text: str) -> Address:
     return Address(local, rest[1:], text)
 
 
+# Control characters, line ends of Unicode, and marks that turn the direction of what follows.
+CONTROLS = "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+
+
 def clean_line(text: str, limit: int = 1000) -> str:
     """Return text as one line: control characters become spaces, and it is cut at the limit."""
-    return re.sub(r"[\x00-\x1f\x7f\x85\u2028\u2029]", " ", text[:limit])
+    return re.sub(CONTROLS, " ", text[:limit])
 
 
 def fold(text: str) -> str:
@@ -667,15 +671,15 @@ def safe_filename(name: str) -> str:
 
     Direction marks, which make `exe.fdp` look like a PDF, go too.
     """
-    name = re.sub(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]", "", name[:4000])
-    name = re.sub(r'[<>:"/\\|?*]', "_", name.replace("\\", "/").rpartition("/")[2])
-    name = name.strip(" .").encode("utf-8", "replace").decode("utf-8")
+    name = name[:4000].encode("utf-8", "replace").decode("utf-8")
+    name = re.sub(CONTROLS, "", name)
+    name = re.sub(r'[<>:"/\\|?*]', "_", name.replace("\\", "/").rpartition("/")[2]).strip(" .")
     while len(name.encode("utf-8")) > 200:
         stem, dot, ending = name.rpartition(".")
         name = (stem[:-1] + dot + ending) if dot and len(ending) < 20 and stem else name[:-1]
     if re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name):
         name = "_" + name
-    return name or "attachment"
+    return name.rstrip(" .") or "attachment"
 
 
 def content_disposition(kind: str, filename: str) -> str:
@@ -692,6 +696,7 @@ def html_text(markup: str) -> Tuple[str, List[str]]:
     """Return the words of an HTML text, and the addresses its links point to."""
     words: List[str] = []
     links: List[str] = []
+    markup = re.sub(r"&#(?:[0-9]{8,}|[xX][0-9a-fA-F]{7,});?", "\ufffd", markup)
     end, skipping = 0, ""
     for match in re.finditer(r"<([^<>]*)>", markup):
         if not skipping:
@@ -711,14 +716,16 @@ def html_text(markup: str) -> Tuple[str, List[str]]:
 
 
 LINK = re.compile(r"""(?i)https?://[^\s<>"'`\\^{}|，。；：！？、）】」』]{3,2000}""")
-CODE = re.compile(r"(?a)(?<![\w./:#?=&%@+-])(?:[A-Z]{1,3}-)?"
+CODE = re.compile(r"(?a)(?<![\w./:#?=&%@+$€£-])(?:[A-Z]{1,3}-)?"
                   r"(?:\d{4,10}|\d{3}[ -]\d{3}|\d{2}(?: \d{2}){2}"
                   r"|(?=[A-Z]*\d)(?=\d*[A-Z])[A-Z0-9]{5,10}"
-                  r"|(?=[A-Z-]*\d)[A-Z0-9]{3,5}-[A-Z0-9]{3,5})(?![\w/%@]|[-.,:]\d)")
-CODE_WORD = re.compile(r"(?i)\w*code\b|\bcod(?:e|ice)\w*|\bkod\w*|\botp\b|\bpin\b|"
+                  r"|(?=[A-Z-]*\d)[A-Z0-9]{3,5}-[A-Z0-9]{3,5}|(?<=: )[A-Z]{4}-[A-Z]{4})"
+                  r"(?![\w/%@]|[-.,:]\d)")
+CODE_WORD = re.compile(r"(?i)code\b|\bcod(?:e|ice)\w*|\bkod\w*|\botp\b|\bpin\b|"
                        r"pass(?:code|word)|"
                        r"\btoken\b|one[- ]time|\b2fa\b|\btan\b|código|"
                        r"验证码|驗證碼|コード|인증번호|\bкод\w*")
+PHONE = re.compile(r"\+[0-9][0-9 ()./-]{6,30}|\b0[0-9]{3}(?:-[0-9]{3,4}){2}")
 HINT_WORD = re.compile(r"(?i)verif|confirm|bestätig|sign[ -]?in|log[ -]?in")
 FAR, HINT = 200, 300          # how much less likely a code far from its word, or from a hint, is
 
@@ -733,7 +740,7 @@ def find_codes(text: str) -> List[str]:
     ranked: Dict[str, int] = {}
     near = 0
     for line in text.splitlines()[:5000]:
-        line = line[:2000]
+        line = PHONE.sub(" ", line[:2000])
         words = [match.end() for match in CODE_WORD.finditer(line)]
         hints = [match.end() for match in HINT_WORD.finditer(line)]
         near = 3 if words or hints else near - (1 if line.strip() else 0)
@@ -890,12 +897,12 @@ SUBJECT = re.compile(rb"^subject[ \t]*:([^\n]*(?:\n[ \t][^\n]*)*)", re.M | re.I)
 
 
 def read_subject(block: bytes) -> str:
-    """Return the decoded subject in a header block, cut at 2,000 bytes; the first counts."""
+    """Return the decoded subject in a header block, cut at 2,000 characters; the first counts."""
     match = SUBJECT.search(block)
     if not match:
         return ""
-    value = match.group(1)[:2000].replace(b"\r\n", b"").replace(b"\r", b" ")
-    return clean_line(decode_words(decode_text(value))).strip()
+    value = decode_text(match.group(1).replace(b"\r\n", b"").replace(b"\r", b" "))
+    return clean_line(decode_words(value[:2000])).strip()
 
 
 def count_hops(block: bytes) -> int:
@@ -951,6 +958,9 @@ class Part:
     def subtype(self) -> str:
         """The word behind the slash of the media type."""
         return self.mime.partition("/")[2]
+
+
+DASHED = re.compile(rb"(?m)^--([^\r\n]*)")
 
 
 class StructureReader:
@@ -1013,6 +1023,10 @@ class StructureReader:
         if length > MAX_HEADER_BYTES:
             raise ParseError(f"a header of more than {MAX_HEADER_BYTES} bytes")
         blank = 2 if data.startswith(b"\r\n", length) else 0
+        for match in DASHED.finditer(data, 0, length):      # a boundary may look like a field
+            if match.group(1).rstrip() in self.open:
+                length = match.start()
+                break
         fields = parse_fields(data[:length])
         self.fields += len(fields)
         if self.fields > 10 * MAX_HEADER_FIELDS:
@@ -1287,11 +1301,12 @@ class Media:
         """Make sure that the tree is this database's: another's files would be swept away."""
         place = os.path.join(self.root, "owner")
         make_folders(self.root)
-        if not os.listdir(self.root):
-            with open(os.open(place, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
+        if not set(os.listdir(self.root)) - {"owner.new"}:
+            with open(os.open(place + ".new", os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
                 file.write(owner)
                 file.flush()
                 os.fsync(file.fileno())
+            os.rename(place + ".new", place)
             return
         try:
             with open(place, encoding="ascii") as file:
@@ -1389,6 +1404,7 @@ class Spool:
     def append(self, data: bytes) -> None:
         """Add data; the lock is held."""
         if self.handle < 0:
+            make_folders(self.media.temporary)
             self.path = os.path.join(self.media.temporary, secrets.token_hex(12))
             self.handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         view = memoryview(data)
@@ -1435,7 +1451,8 @@ class Spool:
                 os.close(self.handle)
                 self.handle = -1
             if self.path:
-                os.unlink(self.path)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self.path)
                 self.path = ""
 
 
@@ -1859,6 +1876,7 @@ class Store:
         for db in self.readers if not self.threads[1].is_alive() else ():
             db.close()
         self.db.close()
+        self.lock_file.truncate(0)       # the process it named is no server any more
         self.lock_file.close()
 
     # -- Writing --
@@ -1915,18 +1933,21 @@ class Store:
     def commit(self, jobs: List[Job]) -> None:
         """Run jobs in one transaction; if that fails, each in its own."""
         begun = time.perf_counter()
+        begun_at_all = False
         try:
             self.db.execute("BEGIN IMMEDIATE")
+            begun_at_all = True
             results = self.perform(jobs)
             self.db.execute("COMMIT")
         except Exception as error:      # a border: the job's caller hears of it
             self.draft = self.totals
             self.roll_back()
-            if len(jobs) > 1:
+            if len(jobs) > 1 and begun_at_all:
                 for job in jobs:
                     self.commit([job])
-            else:
-                self.fail(jobs[0], error)
+            else:                       # alone, or locked out: each would wait in vain
+                for job in jobs:
+                    self.fail(job, error)
             return
         self.figures["commits"] += 1
         self.figures["jobs"] += len(jobs)
@@ -2178,7 +2199,10 @@ class Store:
         found = self.read_digests(idents)
         missing = [ident for ident in idents if ident not in found]
         if missing:
-            self.digest_now(missing)
+            try:
+                self.digest_now(missing)
+            except OSError as error:
+                raise store_error(error) from error
             found.update(self.read_digests(missing))
         return found
 
@@ -2833,7 +2857,7 @@ class Stream:
         try:
             self.sock = self.listener.tls().wrap_socket(
                 self.sock, server_side=True, do_handshake_on_connect=False)
-        except (OSError, ValueError):       # the peer is gone already
+        except (OSError, ValueError):       # the peer is gone already, and its descriptor with it
             self.close()
             return
         self.handshaking = True
@@ -3375,7 +3399,8 @@ class SMTPSession(Session):
         log.warning("%s refused: %d %s %s%s%s", self.ident, reply.code, reply.status,
                     clean_line(reply.text), cause, self.about())
         self.app.note("refused", f"{reply.code} {reply.status}")
-        self.errors += 1
+        if not self.recipients or self.sender is None:      # else the others shall get their mail
+            self.errors += 1
         if isinstance(refusal, Goodbye):
             self.closing = "refused"
         elif self.errors >= self.settings.max_errors:
@@ -3436,7 +3461,7 @@ class SMTPSession(Session):
             text = line[:-len(self.eol)].decode("utf-8").rstrip(" \t\r")
         except UnicodeDecodeError:
             raise SMTPError(500, "5.5.2", "Line is not UTF-8") from None
-        if re.search(r"[\x00-\x08\x0a-\x1f\x7f]", text):
+        if re.search(CONTROLS, text.replace("\t", " ")):
             raise SMTPError(500, "5.5.2", "Line holds control characters")
         if self.settings.debug:
             log.debug("%s < %s", self.ident, clean_line(text))
@@ -3680,6 +3705,7 @@ class SMTPSession(Session):
             self.drop_body()
             self.reset()
         self.kept += 1
+        self.errors = 0
         log.info("%s kept: mail_id=%d from=<%s> to=%s size=%d", self.ident, ident,
                  begun[0], len(begun[1]) if len(begun[1]) > 3 else begun[1], body.size)
         return self.kept_reply(ident, count)
@@ -4059,8 +4085,8 @@ def choice(words: Sequence[str], help: str) -> Param:
 def substring(help: str) -> Param:
     """Describe a text to look for."""
     def read(text: str) -> str:
-        if len(text) > 500 or "\0" in text:
-            raise ValueError("needs at most 500 characters and no NUL")
+        if len(text) > 500 or re.search("[\0\ud800-\udfff]", text):
+            raise ValueError("needs at most 500 characters, no NUL and no lone surrogate")
         return text
     return Param(read, "", {"type": "string", "maxLength": 500}, help)
 
@@ -4161,7 +4187,8 @@ def digested(store: Store, messages: Sequence[Message]) -> List[Message]:
     late = [message.id for message in messages if not message.digested]
     if not late:
         return list(messages)
-    store.digest(late)
+    with contextlib.suppress(StoreError):       # a full disk: they are listed all the same
+        store.digest(late)
     found = (message if message.digested else store.find(message.id) for message in messages)
     return [message for message in found if message is not None]
 
@@ -4845,8 +4872,10 @@ class HTTPApp:
 
     def check_host(self, host: str) -> None:
         """Refuse a Host that is not ours: a page elsewhere may have its name point here."""
+        if not host:
+            return                      # HTTP/1.0, which no browser speaks
         try:
-            name = host_port(host)[0].lower() if host else "localhost"
+            name = host_port(host)[0].lower()
             ipaddress.ip_address(name)
         except ValueError:
             name = clean_line(host, 100).rpartition(":")[0].lower() or host.lower()
@@ -4861,6 +4890,9 @@ class HTTPApp:
         if origin is not None and origin.partition("://")[2] != headers.get("Host"):
             raise Problem(403, "changes are not taken from pages of another origin")
         if headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+            raise Problem(403, "changes are not taken from pages of another site")
+        came_from = re.sub("^https?://", "", headers.get("Referer", "")).partition("/")[0]
+        if came_from not in ("", headers.get("Host")):
             raise Problem(403, "changes are not taken from pages of another site")
 
     # -- Requests that wait --
@@ -5021,7 +5053,10 @@ class HTTPSession(Session):
             return self.refuse(431, "the header of the request is too large")
         head = bytes(self.inbox[:match.end()])
         del self.inbox[:match.end()]
-        if re.search(rb"\ntransfer-encoding[ \t]*:", head, re.I):
+        self.busy = True
+        if b"\r" in head.replace(b"\r\n", b"") or re.search(rb"\n[^:\n]*[ \t]:", head):
+            return self.refuse(400, "a blank before a colon, or a CR that ends no line")
+        if re.search(rb"\ntransfer-encoding:", head, re.I):
             return self.refuse(411, "a body needs Content-Length")
         lengths = {text.rstrip() for text in CONTENT_LENGTH.findall(head)}
         if len(lengths) > 1 or not all(re.fullmatch(b"[0-9]{1,18}", text) for text in lengths):
