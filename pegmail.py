@@ -1022,11 +1022,11 @@ class StructureReader:
         length = header_length(data)
         if length > MAX_HEADER_BYTES:
             raise ParseError(f"a header of more than {MAX_HEADER_BYTES} bytes")
-        blank = 2 if data.startswith(b"\r\n", length) else 0
         for match in DASHED.finditer(data, 0, length):      # a boundary may look like a field
             if match.group(1).rstrip() in self.open:
                 length = match.start()
                 break
+        blank = 2 if data.startswith(b"\r\n", length) else 0
         fields = parse_fields(data[:length])
         self.fields += len(fields)
         if self.fields > 10 * MAX_HEADER_FIELDS:
@@ -2855,6 +2855,7 @@ class Stream:
         """Begin the handshake (the server's side)."""
         self.watch(0)
         try:
+            self.sock.getpeername()         # what fails here leaves no half-made TLS socket
             self.sock = self.listener.tls().wrap_socket(
                 self.sock, server_side=True, do_handshake_on_connect=False)
         except (OSError, ValueError):       # the peer is gone already, and its descriptor with it

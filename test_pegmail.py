@@ -5110,8 +5110,11 @@ class StoreTroubleTest(unittest.TestCase):
                         with self.subTest(there=there, cut=cut):
                             if not there:
                                 os.rmdir(folder)
+                                open(folder, "x").close()       # a file is in its way
                             said = app.talk(*in_cuts(data, cut))
-                            os.makedirs(folder, exist_ok=True)
+                            if not there:
+                                os.unlink(folder)
+                                os.makedirs(folder)
                             self.assertEqual([line[:9] for line in said.split(b"\r\n")[-3:-1]],
                                              [status, b"250 2.0.0"])
             self.assertEqual(app.all_raw(), [content] * 4)
@@ -8898,6 +8901,15 @@ class StartTest(FolderCase):
             with server.connect() as wire:
                 self.assertEqual(wire.greeting, "220 mx.example.com ESMTP pegmail")
             self.assertEqual(server.stop(), 0)
+
+    def test_hash_length(self):
+        message = make_message("attachment", headers=(
+            "MIME-Version: 1.0\r\nContent-Type: application/pdf; name=a.pdf\r\n"), body="x\r\n")
+        with Running("--file_hash_length", "8", folder=self.folder) as server:
+            ident = server.send(message)
+            found = server.get(f"/mail?mail_id={ident}")["mail_body"]["hash"]
+            self.assertEqual(len(found), 16)
+            self.assertEqual(server.request(f"/media?hash={found}")[2], b"x\r\n")
 
     def test_files_are_private(self):
         """Whatever the umask: files 600, folders 700."""
