@@ -3646,7 +3646,7 @@ class SMTPSession(Session):
     @smtp("BDAT size [LAST]")
     def do_BDAT(self, arg: str) -> Steps:
         """Take a chunk of the message (RFC 3030 2); refused or not, its bytes are read."""
-        match = re.fullmatch(r"(\d{1,18})(?:\s+(LAST))?", arg, re.I)
+        match = re.fullmatch(r"([0-9]{1,18})(?:\s+(LAST))?", arg, re.I)
         if not match:
             raise Goodbye(421, "4.5.4", "Syntax: BDAT size [LAST]; without a size we are lost")
         left, last = int(match.group(1)), bool(match.group(2))
@@ -4635,6 +4635,8 @@ class APIHandler(http.server.BaseHTTPRequestHandler):
 
     def find_answer(self) -> Any:
         """Check who asks and for what; return what the route returns."""
+        if not re.fullmatch(r"HTTP/[0-9]\.[0-9]", self.request_version):
+            raise Problem(400, "the version of HTTP cannot be read")
         hosts = self.headers.get_all("Host") or []
         if len(hosts) > 1 or (not hosts and self.request_version >= "HTTP/1.1"):
             raise Problem(400, "one Host is needed")                # RFC 9112 3.2
