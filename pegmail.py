@@ -5596,11 +5596,6 @@ def start_lines(server: Server) -> str:
     return "\n".join(lines) + "\n"
 
 
-def check_settings(settings: Settings) -> None:
-    """Do what a start does as far as that leaves no trace: read the certificate."""
-    load_certificate(settings)
-
-
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run the command line; return the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -5612,7 +5607,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         if "generate_systemd_unit" in actions:
             print(systemd_unit(settings, arguments), end="")
         if "check" in actions:
-            check_settings(settings)
+            load_certificate(settings)      # all else is read and checked by now
             print("the configuration is fine")
         if actions:
             return 0
