@@ -67,7 +67,7 @@ import types
 import urllib.parse
 from concurrent.futures import Future
 from typing import (Any, Callable, Dict, Generator, Iterable, Iterator, List, NamedTuple, Optional,
-                    Sequence, Tuple, Union)
+                    Sequence, Set, Tuple, Union)
 
 __version__ = "0.1.0"
 
@@ -532,7 +532,7 @@ CONTROLS = "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
 
 def clean_line(text: str, limit: int = 1000) -> str:
     """Return text as one line: control characters become spaces, and it is cut at the limit."""
-    return re.sub(CONTROLS, " ", text[:limit])
+    return text[:limit] if text.isprintable() else re.sub(CONTROLS, " ", text[:limit])
 
 
 def fold(text: str) -> str:
@@ -910,12 +910,15 @@ def count_hops(block: bytes) -> int:
     return block[:9].lower().startswith(b"received:") + block.lower().count(b"\nreceived:")
 
 
+UNSAFE_HELO = re.compile(r"[^\w.:\[\]-]", re.A)
+
+
 def trace_fields(envelope: Envelope, hostname: str, date: str) -> bytes:
     """Return the fields added on top at receipt: Return-Path and Received (RFC 5321 4.4).
 
     Nothing a client said is taken over but characters that can do no harm in a comment.
     """
-    helo = re.sub(r"[^\w.:\[\]-]", "?", envelope.helo[:255], flags=re.A) or "unknown"
+    helo = UNSAFE_HELO.sub("?", envelope.helo[:255]) or "unknown"
     tls = f" ({envelope.tls})" if envelope.tls else ""
     sole = f"\r\n\tfor <{envelope.recipients[0]}>" if len(envelope.recipients) == 1 else ""
     literal = f"[IPv6:{envelope.peer}]" if ":" in envelope.peer else f"[{envelope.peer}]"
@@ -1185,6 +1188,9 @@ DIGEST_BATCH = 32             # messages digested for one transaction, and
 DIGEST_SECONDS = 0.02         # the time after which a batch is full
 INDEX_BATCH = 100             # rows indexed in one transaction; more would hold up a 250
 COUNT_CACHE = 256             # filters whose counts are remembered
+SAMPLE = 500                  # messages from which the frequency of trigrams is learned
+SAMPLE_TEXT = 100             # characters of each text that are looked at
+RARE = 2                      # a trigram in so many of them, or fewer, is rare
 MAX_TREE_TEXT = 4 << 20       # characters of text in the body tree of one message
 
 SCHEMA = 1
@@ -1219,6 +1225,17 @@ CREATE INDEX attachment_hash ON attachment (hash);
 """,)
 SEARCH_TABLE = """CREATE VIRTUAL TABLE IF NOT EXISTS search USING fts5(
     sender, recipients, subject, content='', tokenize='trigram case_sensitive 1')"""
+# The writer's own: what is inserted here goes to both tables.
+ARRIVAL = """PRAGMA temp_store = MEMORY;
+CREATE TEMP VIEW arrival AS
+    SELECT id, received, sender, recipients, subject, size, peer, trace, raw, file
+    FROM message JOIN content USING (id);
+CREATE TEMP TRIGGER arrive INSTEAD OF INSERT ON arrival BEGIN
+    INSERT INTO message (id, received, sender, recipients, subject, size)
+        VALUES (NEW.id, NEW.received, NEW.sender, NEW.recipients, NEW.subject, NEW.size);
+    INSERT INTO content (id, peer, trace, raw, file)
+        VALUES (NEW.id, NEW.peer, NEW.trace, NEW.raw, NEW.file);
+END;"""
 MESSAGE = ("m.id, m.received, m.sender, m.recipients, m.subject, m.is_read, m.size, m.attachments, "
            "m.digested")
 
@@ -1255,6 +1272,9 @@ class Message(NamedTuple):
     digested: int
 
 
+TEXTS = ("sender", "recipients", "subject")     # the columns that are searched
+
+
 class Filter(NamedTuple):
     """What messages to find: substrings without case, the read state, and where to begin."""
     sender: str = ""
@@ -1289,6 +1309,7 @@ class Media:
         self.root = path
         self.temporary = os.path.join(path, "tmp")
         self.digits = hash_bytes * 2
+        self.numbers = itertools.count()        # names of temporary files
         self.claim(owner)
         for folder in (path, self.temporary, os.path.join(path, RAW)):
             make_folders(folder)
@@ -1341,9 +1362,13 @@ class Media:
         """Return the file of that hash as a Source. Raises FileNotFoundError."""
         return Source(os.path.getsize(self.path(name)), functools.partial(self.read, name))
 
-    def write(self, windows: Iterable[bytes]) -> Tuple[str, int]:
-        """Keep these bytes; return their hash and size once they are on the disk."""
-        spool = Spool(self)
+    def write(self, windows: Iterable[bytes], folders: Optional[Set[str]] = None,
+              ) -> Tuple[str, int]:
+        """Keep these bytes; return their hash and size once they are on the disk.
+
+        If `folders` is given, the caller is to sync those that it then holds.
+        """
+        spool = Spool(self, folders=folders)
         try:
             for window in windows:
                 spool.write(window)
@@ -1383,14 +1408,15 @@ class Spool:
     Made by Media and, for a message that arrives, by Store.spool; its methods block.
     """
 
-    def __init__(self, media: Media, prefix: str = "") -> None:
+    def __init__(self, media: Media, prefix: str = "", folders: Optional[Set[str]] = None,
+                 ) -> None:
         self.media = media
+        self.folders = folders          # where folders that are to be synced gather, or None
         self.prefix = prefix            # RAW for a whole message
         self.path = ""
         self.handle = -1
         self.size = 0
         self.hash = ""                  # the file's name; known once finish() has run
-        self.head = b""                 # the header block of a message; its owner's to set
         self.sum = hashlib.sha256()
         self.lock = threading.Lock()    # a session may end while its bytes are being written
         self.dropped = False
@@ -1404,9 +1430,9 @@ class Spool:
     def append(self, data: bytes) -> None:
         """Add data; the lock is held."""
         if self.handle < 0:
-            make_folders(self.media.temporary)
-            self.path = os.path.join(self.media.temporary, secrets.token_hex(12))
-            self.handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            self.path = os.path.join(self.media.temporary, str(next(self.media.numbers)))
+            self.handle = in_folder(self.media.temporary, os.open, self.path,
+                                    os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         view = memoryview(data)
         while view:
             view = view[os.write(self.handle, view):]
@@ -1429,18 +1455,16 @@ class Spool:
         target = self.media.path(name)
         os.fsync(self.handle)
         folder = os.path.dirname(target)
-        while True:
-            make_folders(folder)
-            try:
-                os.rename(self.path, target)
-                break
-            except FileNotFoundError:       # the folder was empty and went away
-                if not os.path.exists(self.path):
-                    raise
+        in_folder(folder, os.rename, self.path, target)
         self.path = ""
+        changed = set()
         for _ in range(1 if self.prefix else 4):     # whoever made a folder may not be so far yet
-            sync_folder(folder)
+            changed.add(folder)
             folder = os.path.dirname(folder)
+        if self.folders is None:
+            sync_folders(changed)
+        else:
+            self.folders |= changed
         self.hash = name
 
     def discard(self) -> None:
@@ -1467,6 +1491,22 @@ def make_folders(path: str) -> None:
         except FileExistsError:
             if not os.path.isdir(path):         # else somebody else was faster
                 raise
+
+
+def in_folder(folder: str, func: Callable[..., Any], *args: Any) -> Any:
+    """Return func(*args), which makes a name in a folder; the folder is made if it is missing."""
+    for _ in range(10):                 # an empty folder may go away again at any time
+        try:
+            return func(*args)
+        except FileNotFoundError:
+            make_folders(folder)
+    return func(*args)
+
+
+def sync_folders(paths: Set[str]) -> None:
+    """Make the names in these folders durable, those of the inner ones first."""
+    for path in sorted(paths, key=len, reverse=True):
+        sync_folder(path)
 
 
 def sync_folder(path: str) -> None:
@@ -1581,9 +1621,17 @@ class Digester:
         self.attachments: List[Tuple[str, str, str, int]] = []
         self.holes: List[Tuple[int, int, Hole]] = []
         self.text_left = MAX_TREE_TEXT
+        self.folders: Set[str] = set()  # that got a file: a thousand are synced once, not each time
 
     def run(self) -> Digest:
-        """Return the digest. What cannot be read is in its `error`."""
+        """Return the digest, its files on the disk. What cannot be read is in its `error`."""
+        try:
+            return self.read()
+        finally:
+            sync_folders(self.folders)
+
+    def read(self) -> Digest:
+        """Return the digest."""
         try:
             root = read_structure(self.source)
             fields, body = json_text(readable_fields(root.fields)), json_text(self.item(root))
@@ -1617,7 +1665,7 @@ class Digester:
     def attachment(self, part: Part) -> Dict[str, Any]:
         """Keep the decoded body of a part as a media file; return its item."""
         name, size = self.keep_regular(part) or self.media.write(
-            decoded_windows(self.source, part))
+            decoded_windows(self.source, part), self.folders)
         mime = part.mime
         if mime == "application/octet-stream" and part.filename:
             mime = mimetypes.guess_type(safe_filename(part.filename))[0] or mime
@@ -1637,7 +1685,7 @@ class Digester:
             return None
         if part.encoding in ("", "7bit", "8bit", "binary"):
             line, end = 0, ""
-            kept = self.media.write(self.source.windows(part.start, part.end))
+            kept = self.media.write(self.source.windows(part.start, part.end), self.folders)
         elif part.encoding == "base64":
             line, end = base64_line(self.source, part)
             kept_base64 = line and self.write_regular(part, line, part.end - len(end))
@@ -1654,7 +1702,7 @@ class Digester:
     def write_regular(self, part: Part, line: int, end: int) -> Optional[Tuple[str, int]]:
         """Write the decoded bytes of a base64 body; None as soon as it is not regular."""
         step = (line + 2) * max(1, WINDOW // (line + 2))
-        spool = Spool(self.media)
+        spool = Spool(self.media, folders=self.folders)
         try:
             for place in range(part.start, end, step):
                 data = self.source.read(place, min(place + step, end))
@@ -1678,7 +1726,7 @@ class Digester:
         pieces.append((place, self.source.size))
         if sum(end - start for start, end in pieces) > SPOOL_SIZE:
             file, _ = self.media.write(itertools.chain.from_iterable(
-                self.source.windows(start, end) for start, end in pieces))
+                self.source.windows(start, end) for start, end in pieces), self.folders)
             return digest._replace(file=file, holes=tuple(holes))
         kept = b"".join(self.source.read(start, end) for start, end in pieces)
         return digest._replace(kept=kept, holes=tuple(holes))
@@ -1742,7 +1790,16 @@ class Totals(NamedTuple):
     total: int = 0
     read_count: int = 0
     indexed: int = 0            # up to here every message is in the search table
-    epoch: int = 0              # counts remembered before the last removal or mark are void
+    epoch: int = 0              # counts remembered before the last removal are void
+    marks: int = 0              # and those by read state before the last mark
+
+
+class Span(NamedTuple):
+    """A range of ids to look through: what to ask of the index, and what of each row."""
+    low: int
+    high: int
+    words: str                  # for the index; "" looks at every row
+    columns: Tuple[str, ...]    # whose texts are compared; the index settles the others
 
 
 class Store:
@@ -1774,9 +1831,11 @@ class Store:
         self.version = 0                 # grows with each change that lists show
         self.figures: Dict[str, float] = collections.defaultdict(float)   # the writer's own
         self.unwanted: List[str] = []    # files to be looked at after the next commit
-        self.count_cache: "collections.OrderedDict[Filter, Tuple[int, int, int]]" = (
+        self.count_cache: "collections.OrderedDict[Filter, Tuple[Any, int, int]]" = (
             collections.OrderedDict())   # at most COUNT_CACHE
         self.count_lock = threading.Lock()
+        self.trigrams: Dict[Tuple[str, str], int] = {}      # those of a sample that are not rare
+        self.sampled = 0                 # up to here was indexed when it was taken
         self.started = now()
         self.local = threading.local()
         self.readers: List[sqlite3.Connection] = []
@@ -1787,6 +1846,9 @@ class Store:
         self.closing = False             # the digester is to stop, and then
         self.closed = False              # the writer
         self.wal_checked = 0.0
+        self.file = os.stat(db_path)     # the database's own, as it was opened
+        self.file_seen = 0.0
+        self.is_lost = False
         self.threads = [threading.Thread(target=self.run_writer, name="writer"),
                         threading.Thread(target=self.run_digester, name="digester", daemon=True)]
         for thread in self.threads:
@@ -1829,6 +1891,7 @@ class Store:
         except sqlite3.Error as error:
             raise SettingsError(f"--db_path {self.db_path}: cannot make the tables: "
                                 f"{error}") from None
+        db.executescript(ARRIVAL)
         try:
             db.execute(SEARCH_TABLE)
             db.execute("SELECT rowid FROM search LIMIT 1")
@@ -1931,21 +1994,31 @@ class Store:
                 log.error("store: cannot tidy up, trying again later: %s", error)
 
     def commit(self, jobs: List[Job]) -> None:
-        """Run jobs in one transaction; if that fails, each in its own."""
+        """Run jobs in one transaction; if that fails, each in its own.
+
+        Messages alone are one statement, which is a transaction by itself: each further call into
+        SQLite would be a fight with the loop's thread for the interpreter's lock.
+        """
         begun = time.perf_counter()
-        begun_at_all = False
+        self.look_for_file()
+        incoming = [job.work for job in jobs if isinstance(job.work, Incoming)]
         try:
-            self.db.execute("BEGIN IMMEDIATE")
-            begun_at_all = True
-            results = self.perform(jobs)
-            self.db.execute("COMMIT")
+            if self.is_lost:
+                raise StoreError(f"{self.db_path} was removed or replaced; put it back or restart")
+            if len(incoming) < len(jobs):
+                self.db.execute("BEGIN IMMEDIATE")
+            results = self.perform(jobs, incoming)
+            if len(incoming) < len(jobs):
+                self.db.execute("COMMIT")
         except Exception as error:      # a border: the job's caller hears of it
             self.draft = self.totals
             self.roll_back()
-            if len(jobs) > 1 and begun_at_all:
+            if isinstance(error, sqlite3.IntegrityError):
+                self.load_state()       # another program has written here
+            if len(jobs) > 1 and not self.is_lost and "locked" not in str(error):
                 for job in jobs:
                     self.commit([job])
-            else:                       # alone, or locked out: each would wait in vain
+            else:                       # alone, or locked out: each would wait as long
                 for job in jobs:
                     self.fail(job, error)
             return
@@ -1953,7 +2026,7 @@ class Store:
         self.figures["jobs"] += len(jobs)
         self.figures["commit_seconds"] += time.perf_counter() - begun
         before, self.totals = self.totals, self.draft
-        if (before.last_id, before.epoch) != (self.totals.last_id, self.totals.epoch):
+        if before._replace(indexed=0) != self.totals._replace(indexed=0):
             self.tell()
         # Those who wait for messages are told in one go: each wake-up of the loop's thread, while
         # this one still runs, is a fight for the interpreter's lock.
@@ -1963,6 +2036,15 @@ class Store:
             if not isinstance(job.work, Incoming):
                 job.done(result, None)
 
+    def look_for_file(self) -> None:
+        """Find out, once a second, whether what is written will be found again at its place."""
+        if time.monotonic() - self.file_seen >= 1:
+            self.file_seen = time.monotonic()
+            try:
+                self.is_lost = not os.path.samestat(os.stat(self.db_path), self.file)
+            except OSError:
+                self.is_lost = True
+
     def fail(self, job: Job, error: Exception) -> None:
         """Tell the caller of a job that it failed, and free the file it had brought."""
         if isinstance(job.work, Incoming) and isinstance(job.work.content, Spool):
@@ -1970,20 +2052,18 @@ class Store:
         known = isinstance(error, (sqlite3.Error, OSError))
         job.done(None, store_error(error) if known else error)
 
-    def perform(self, jobs: List[Job]) -> List[Any]:
+    def perform(self, jobs: List[Job], incoming: List[Incoming]) -> List[Any]:
         """Run jobs inside the open transaction; return their results in order."""
-        incoming = [job.work for job in jobs if isinstance(job.work, Incoming)]
         ids = iter(self.insert(incoming) if incoming else ())
         return [next(ids) if isinstance(job.work, Incoming) else job.work(self.db)
                 for job in jobs]
 
     def insert(self, incoming: Sequence[Incoming]) -> Iterable[int]:
-        """Insert messages with one statement a table, and return their ids."""
+        """Insert messages with one statement, and return their ids."""
         draft = self.draft
         received = max(draft.last_time, int(self.now() * 1000))
         first = draft.last_id + 1
         rows: List[Any] = []
-        contents: List[Any] = []
         for ident, (envelope, trace, subject, content) in enumerate(incoming, first):
             if isinstance(content, Spool):
                 if not self.media.has(content.hash):
@@ -1992,13 +2072,10 @@ class Store:
             else:
                 length, raw, file = len(content), content, None
             rows += (ident, received, envelope.sender, "\n".join(envelope.recipients),
-                     subject, len(trace) + length)
-            contents += (ident, envelope.peer, trace, raw, file)
+                     subject, len(trace) + length, envelope.peer, trace, raw, file)
         count = len(incoming)
-        self.db.execute("INSERT INTO message (id, received, sender, recipients, subject, size) "
-                        "VALUES (?,?,?,?,?,?)" + ",(?,?,?,?,?,?)" * (count - 1), rows)
-        self.db.execute("INSERT INTO content (id, peer, trace, raw, file) VALUES (?,?,?,?,?)"
-                        + ",(?,?,?,?,?)" * (count - 1), contents)
+        self.db.execute("INSERT INTO arrival VALUES (?,?,?,?,?,?,?,?,?,?)"
+                        + ",(?,?,?,?,?,?,?,?,?,?)" * (count - 1), rows)
         self.draft = draft._replace(last_id=draft.last_id + count, last_time=received,
                                     first_id=draft.first_id or first, total=draft.total + count)
         return range(first, first + count)
@@ -2076,17 +2153,17 @@ class Store:
              ) -> List[Message]:
         """Return up to limit messages that match, by id, newest first if reverse."""
         found: List[Any] = []
-        for low, high, words in self.ranges(wanted)[::-1 if reverse else 1]:
+        for span in self.spans(wanted)[::-1 if reverse else 1]:
             if len(found) >= limit:
                 break
-            sql, values = self.condition(wanted, low, high, words)
+            sql, values = self.condition(wanted, span)
             order = "DESC" if reverse else "ASC"
             found += self.read_rows(
                 f"SELECT {MESSAGE} FROM message AS m {sql} ORDER BY "
-                f"{'search.rowid' if words else 'm.id'} {order} LIMIT ? OFFSET ?",
+                f"{'search.rowid' if span.words else 'm.id'} {order} LIMIT ? OFFSET ?",
                 (*values, limit - len(found), offset))
             if offset and not found:
-                offset -= min(offset, self.count_range(wanted, low, high, words))
+                offset -= min(offset, self.count_span(wanted, span))
             else:
                 offset = 0
         return [Message(*row) for row in found]
@@ -2100,25 +2177,26 @@ class Store:
             return max(0, min(totals.total, last - start + 1))      # no id is missing in between
         if plain._replace(is_read=None) == Filter() and start <= first:
             return totals.read_count if plain.is_read else totals.total - totals.read_count
+        stamp = totals.epoch, totals.marks if wanted.is_read is not None else 0
         with self.count_lock:
-            epoch, known, upto = self.count_cache.get(wanted, (-1, 0, 0))
-        if epoch != totals.epoch:
+            valid, known, upto = self.count_cache.get(wanted, (stamp, 0, 0))
+        if valid != stamp:
             known, upto = 0, 0
-        for low, high, words in self.ranges(wanted):
-            low, high = max(low, upto + 1), min(high, last)
-            if low <= high:
-                known += self.count_range(wanted, low, high, words)
+        for span in self.spans(wanted):
+            span = span._replace(low=max(span.low, upto + 1), high=min(span.high, last))
+            if span.low <= span.high:
+                known += self.count_span(wanted, span)
         with self.count_lock:
-            self.count_cache[wanted] = (totals.epoch, known, last)
+            self.count_cache[wanted] = (stamp, known, last)
             self.count_cache.move_to_end(wanted)
             if len(self.count_cache) > COUNT_CACHE:
                 self.count_cache.popitem(last=False)
         return known
 
-    def count_range(self, wanted: Filter, low: int, high: int, words: str) -> int:
+    def count_span(self, wanted: Filter, span: Span) -> int:
         """Count what matches in a range of ids."""
-        sql, values = self.condition(wanted, low, high, words)
-        simple = words and sql.endswith("BETWEEN ? AND ?")
+        sql, values = self.condition(wanted, span)
+        simple = span.words and sql.endswith("BETWEEN ? AND ?")
         row = self.read_one(f"SELECT count(*) FROM message AS m {sql}" if not simple else
                             "SELECT count(*) FROM search WHERE search MATCH ? AND "
                             "rowid BETWEEN ? AND ?", values)
@@ -2142,34 +2220,67 @@ class Store:
                 low = row[0] + 1
         return low
 
-    def ranges(self, wanted: Filter) -> List[Tuple[int, int, str]]:
-        """Return the ranges of ids to look through: (low, high, words for the index or "").
+    def spans(self, wanted: Filter) -> List[Span]:
+        """Return the ranges of ids to look through.
 
         What is indexed is asked of the index, the newest tail that is not yet is scanned. So too
         for the read state, whose indexes know only what is digested.
         """
         low, last = self.first_after(wanted), 1 << 62
-        words = " AND ".join(f"{column} : {quote_words(text)}"
-                             for column, text in zip(Filter._fields, wanted[:3])
-                             if len(fold(text)) >= 3)
-        words = words if self.has_index else ""
+        texts = tuple(column for column in TEXTS if getattr(wanted, column))
+        words, columns = self.index_words(wanted, texts) if self.has_index else ("", texts)
         border = (self.totals.indexed if words else
                   self.digested if wanted.is_read is not None else 0)
-        if low > border:
-            return [(low, last, "")]
-        return [(low, border, words), (border + 1, last, "")]
+        tail = Span(max(low, border + 1), last, "", texts)
+        return [tail] if low > border else [Span(low, border, words, columns), tail]
 
-    def condition(self, wanted: Filter, low: int, high: int, words: str) -> Tuple[str, List[Any]]:
+    def index_words(self, wanted: Filter, texts: Tuple[str, ...]) -> Tuple[str, Tuple[str, ...]]:
+        """Return what to ask of the index, "" for nothing, and the columns left to compare.
+
+        A text with rare trigrams is found by the rarest three: each further one, such as those of
+        "example.com", would be another long list to go through. One without is asked for as is.
+        """
+        folded = {column: fold(getattr(wanted, column)) for column in texts}
+        folded = {column: text for column, text in folded.items() if len(text) >= 3}
+        rare = [f"{column} : ({words})" for column, text in folded.items()
+                for words in [self.rare_words(column, text)] if words]
+        if rare:
+            return " AND ".join(rare), texts
+        return (" AND ".join(f"{column} : {quote_words(text)}" for column, text in folded.items()),
+                tuple(column for column in texts if column not in folded))
+
+    def rare_words(self, column: str, text: str) -> str:
+        """Return the rarest trigrams of a folded text for the index, "" if none of them is rare."""
+        known = {three: self.trigrams.get((column, three), 0) for three in trigrams(text)}
+        if not self.trigrams or min(known.values()) > RARE:
+            return ""
+        return " AND ".join(map(quote_words, sorted(known, key=lambda three: known[three])[:3]))
+
+    def sample_trigrams(self) -> None:
+        """Learn from a sample how frequent trigrams are, anew when the store has doubled."""
+        totals = self.totals
+        if not self.has_index or totals.indexed < 2 * self.sampled or totals.total < 20 * SAMPLE:
+            return
+        counts: "collections.Counter[Tuple[str, str]]" = collections.Counter()
+        step = (totals.last_id - totals.first_id) / SAMPLE
+        for number_ in range(SAMPLE):
+            row = self.read_one(f"SELECT {', '.join(TEXTS)} FROM message WHERE id >= ? "
+                                "ORDER BY id LIMIT 1", (totals.first_id + int(number_ * step),))
+            for column, text in zip(TEXTS, row or ()):
+                counts.update((column, three) for three in trigrams(fold(text[:SAMPLE_TEXT])))
+        self.trigrams = {entry: count for entry, count in counts.items() if count > RARE}
+        self.sampled = totals.indexed
+
+    def condition(self, wanted: Filter, span: Span) -> Tuple[str, List[Any]]:
         """Return the WHERE of a filter within a range of ids, and its values."""
-        if words:
+        if span.words:
             sql = ("JOIN search ON search.rowid = m.id WHERE search MATCH ? AND search.rowid "
                    "BETWEEN ? AND ?")
-            values: List[Any] = [words, low, high]
+            values: List[Any] = [span.words, span.low, span.high]
         else:
-            sql, values = "WHERE m.id BETWEEN ? AND ?", [low, high]
-        for column, text in zip(Filter._fields, wanted[:3]):
-            if not text or (words and len(fold(text)) >= 3):
-                continue
+            sql, values = "WHERE m.id BETWEEN ? AND ?", [span.low, span.high]
+        for column in span.columns:
+            text = getattr(wanted, column)
             # LIKE knows the case of ASCII only, but is fast; what it cannot judge is folded.
             sql += (f" AND (m.{column} LIKE ? ESCAPE '\\' OR m.{column} GLOB ? "
                     f"AND instr(fold(m.{column}), ?))")
@@ -2177,7 +2288,7 @@ class Store:
                        "*[^ -~]*" if text.isascii() else "*", fold(text)]
         if wanted.is_read is not None:
             sql += " AND m.is_read = %d" % wanted.is_read
-            sql += " AND m.digested = 1" if high <= self.digested else ""
+            sql += " AND m.digested = 1" if span.high <= self.digested else ""
         return sql, values
 
     def raw(self, ident: int) -> Source:
@@ -2225,7 +2336,7 @@ class Store:
             if row and row[0] != is_read:
                 db.execute("UPDATE message SET is_read = ? WHERE id = ?", (is_read, ident))
                 draft = self.draft
-                self.draft = draft._replace(epoch=draft.epoch + 1, read_count=draft.read_count
+                self.draft = draft._replace(marks=draft.marks + 1, read_count=draft.read_count
                                             + (1 if is_read else -1))
             return row is not None
         return self.change(work)
@@ -2301,6 +2412,7 @@ class Store:
             try:
                 while not self.closing and (self.digest_some() + self.index_some()):
                     pass
+                self.sample_trigrams()
             except Exception as error:      # a border: what cannot be digested now can later
                 log.error("store: cannot digest, trying again: %s", reason(error),
                           exc_info=not isinstance(error, (StoreError, OSError)))
@@ -2418,18 +2530,26 @@ class Store:
         return len(ids)
 
 
+def trigrams(text: str) -> Set[str]:
+    """Return the runs of three characters in a text."""
+    return {text[place:place + 3] for place in range(len(text) - 2)}
+
+
 def quote_words(text: str) -> str:
     """Return a text as a string of the index's query language."""
     return '"' + fold(text).replace('"', '""') + '"'
 
 
 def create_private(path: str) -> None:
-    """Make a file that only its owner may read, if there is none."""
+    """Make a database that only its owner may read, if there is none."""
     try:
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "rb") as file:
+            begin = file.read(16)
     except OSError as error:
         raise SettingsError(f"--db_path {path}: {reason(error)}; choose a place that can be "
                             "written") from None
+    if begin not in (b"", b"SQLite format 3\0"):
+        raise SettingsError(f"--db_path {path}: is not a database; choose another file")
 
 
 def lock_database(path: str) -> Any:
@@ -3220,8 +3340,9 @@ class Receiver:
             keep = 2 if data.endswith(b"\r\r") else 1
             self.held = data[-keep:]
             data = data[:-keep]
-        ends = data.count(b"\n")
-        if ends == data.count(b"\r\n") == data.count(b"\r"):
+        seen = io.IncrementalNewlineDecoder(None, False)    # finds line ends of all kinds at once
+        seen.decode(data.decode("latin-1"), True)
+        if seen.newlines in (None, "\r\n"):
             return data
         if not self.lf and self.settings.bare_newline == "reject" and BARE_LF.search(data):
             self.refuse(554, "5.6.0", "Message holds a bare LF, lines must end with CRLF")
@@ -3293,7 +3414,6 @@ class Receiver:
         if self.in_header:
             self.watch_header(b"", True)
         if self.refusal is None and self.spool is not None:
-            self.spool.head = bytes(self.head)
             try:
                 yield Work(self.spool.finish, (content,))
                 content = self.spool
@@ -3462,7 +3582,7 @@ class SMTPSession(Session):
             text = line[:-len(self.eol)].decode("utf-8").rstrip(" \t\r")
         except UnicodeDecodeError:
             raise SMTPError(500, "5.5.2", "Line is not UTF-8") from None
-        if re.search(CONTROLS, text.replace("\t", " ")):
+        if not text.isprintable() and re.search(CONTROLS, text.replace("\t", " ")):
             raise SMTPError(500, "5.5.2", "Line holds control characters")
         if self.settings.debug:
             log.debug("%s < %s", self.ident, clean_line(text))
@@ -3625,7 +3745,8 @@ class SMTPSession(Session):
         begun = len(eol)                # bytes at the front that are not content
         scanned, dotted = 0, -1
         while True:
-            dotted = self.inbox.find(dot, scanned) if dotted < 0 else dotted
+            if dotted < 0 and self.inbox.find(b".", scanned) >= 0:     # far the faster of the two
+                dotted = self.inbox.find(dot, scanned)
             end = self.inbox.find(stop, max(dotted, scanned)) if dotted >= 0 else -1
             if end >= 0:
                 data = bytes(self.inbox[begun:end + len(eol)])
@@ -3698,7 +3819,7 @@ class SMTPSession(Session):
         try:
             content = yield from body.finish()
             begun = self.sender, self.recipients
-            ident = yield Ask(self.app.keep, (envelope, content))
+            ident = yield Ask(self.app.keep, (envelope, bytes(body.head), content))
         except StoreError as error:
             body.refuse_disk(error)
             raise (body.refusal or SMTPError(451, "4.3.0", "Try again later")) from None
@@ -3975,9 +4096,9 @@ class Intake:
         """Count a refusal."""
         self.refused[why] += 1
 
-    def keep(self, envelope: Envelope, content: Union[bytes, Spool], done: Done) -> None:
-        """Have a message kept; done(id, None) once it is on the disk."""
-        head = content.head if isinstance(content, Spool) else content[:header_length(content)]
+    def keep(self, envelope: Envelope, head: bytes, content: Union[bytes, Spool], done: Done,
+             ) -> None:
+        """Have a message, of which head is the header, kept; done(id, None) once it is on disk."""
         trace = trace_fields(envelope, self.settings.hostname, self.now_text())
         self.messages += 1
         self.bytes += content.size if isinstance(content, Spool) else len(content)
@@ -4026,6 +4147,7 @@ MAX_HEAD = 32 << 10           # bytes of a request's line and header
 MAX_BODY = 1 << 20            # bytes of a request's body
 MAX_WAIT = 60                 # seconds that a request may wait for mail
 MAX_COUNT = 1000              # messages of one list
+MAX_PAGE = 8 << 20            # bytes of messages on it from which on they are sent one by one
 WAKE_SECONDS = 0.02           # at most this often are waiting requests looked at again
 GZIP_SIZE = 1000              # a smaller answer is not worth it
 
@@ -4272,12 +4394,30 @@ def list_messages(request: Request, items: Callable[[Sequence[Message]], str]) -
     elif params["format"] == "mbox":
         tag = make_tag(str([message.id for message in messages]).encode())
         answer = Answer(mbox_pieces(request.store, messages), "application/mbox", {"ETag": tag})
-    else:
+    elif sum(message.size for message in messages) < MAX_PAGE:
         text = '{"items":[%s],"count":%d}' % (items(messages), request.store.count(wanted))
         answer = Answer(text.encode("utf-8", "replace"), "application/json")
+    else:
+        count = request.store.count(wanted)
+        tag = make_tag(str([(message.id, message.is_read) for message in messages] + [count])
+                       .encode())
+        answer = Answer(json_pieces(messages, items, count), "application/json", {"ETag": tag})
     if messages or not params["count"]:
         return answer
     raise Nothing(answer)
+
+
+def json_pieces(messages: Sequence[Message], items: Callable[[Sequence[Message]], str], count: int,
+                ) -> Iterator[bytes]:
+    """Yield a list of messages as JSON, one message a piece."""
+    head = '{"items":['
+    for message in messages:
+        item = items([message])
+        if item:                            # else it was deleted meanwhile
+            yield (head + item).encode("utf-8", "replace")
+            head = ","
+    tail = '],"count":%d}' % count
+    yield (tail if head == "," else head + tail).encode("ascii")
 
 
 @route("GET", "/list", answer="List", params=START + PAGES)
@@ -5666,4 +5806,5 @@ def serve(server: Server) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # no traceback until the server can stop itself
     sys.exit(main())
