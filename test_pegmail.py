@@ -8,6 +8,7 @@ skip a failure. The banners are those of pegmail.py, in the same order.
 """
 import argparse
 import ast
+import atexit
 import base64
 import binascii
 import collections
@@ -33,6 +34,7 @@ import logging
 import mailbox
 import os
 import platform
+import py_compile
 import quopri
 import random
 import re
@@ -95,6 +97,14 @@ def make_message(subject="hello", body="world\r\n", headers=""):
             f"{body}").encode()
 
 
+@functools.lru_cache(maxsize=None)
+def compiled():
+    """Return the path of the program's bytecode, which starts in half the time."""
+    folder = tempfile.mkdtemp(prefix="pegmail-")
+    atexit.register(shutil.rmtree, folder)
+    return py_compile.compile(PROGRAM, os.path.join(folder, "pegmail.pyc"), doraise=True)
+
+
 class Running:
     """The real program in a folder of its own, on free ports; use it as a context manager."""
 
@@ -112,7 +122,7 @@ class Running:
         self.output = open(os.path.join(self.folder, "output.txt"), "ab+")
         self.begin = self.output.tell()
         self.process = subprocess.Popen(
-            [*self.wrap, sys.executable, PROGRAM, "--smtp_port", "0", "--api_port", "0",
+            [*self.wrap, sys.executable, compiled(), "--smtp_port", "0", "--api_port", "0",
              "--hostname", "mx.example.com", *self.arguments],
             cwd=self.folder, env=self.environ, stdin=subprocess.DEVNULL, stdout=self.output,
             stderr=subprocess.STDOUT)
