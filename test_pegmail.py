@@ -2757,7 +2757,8 @@ class OpenTests(StoreCase):
                 self.assertEqual(os.stat(os.path.join(path, name)).st_mode & 0o777, 0o600, name)
 
 
-# Keeps the message in a file, digests it, and says what that took.
+# For each line "path folder" of its input: keeps the message in that file, digests it, and says
+# what that took. Each has a process of its own, by fork: what the import takes is spent once.
 BOMB_CHILD = r"""
 import json, os, resource, sys, threading
 import pegmail
@@ -2770,30 +2771,39 @@ def seconds():
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
 
+def explode(path, folder):
+    store = pegmail.Store(folder + "/mail.db", folder + "/media")
+    memory, time = status("VmRSS"), seconds()
+    spool, answer, kept = store.spool(), [], threading.Event()
+    with open(path, "rb") as file:
+        for data in iter(lambda: file.read(65536), b""):
+            spool.write(data)
+    spool.finish()
+    def done(result, error):
+        answer.extend((result, error))
+        kept.set()
+    envelope = pegmail.Envelope("a@example.com", ("b@example.com",))
+    store.add([pegmail.Job(pegmail.Incoming(envelope, b"A: b\r\n", pegmail.read_subject(spool.head),
+                                            spool), done)])
+    kept.wait()
+    if answer[1] is not None:
+        raise answer[1]
+    fields, body, error = store.digest([answer[0]])[answer[0]]
+    json.loads(fields), json.loads(body)
+    found = {"error": error, "seconds": seconds() - time,
+             "megabytes": (status("VmHWM") - memory) / 1024}
+    store.close()
+    print(json.dumps(found), flush=True)
+
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 resource.setrlimit(resource.RLIMIT_CPU, (90, 90))
-path, folder = sys.argv[1:]
-store = pegmail.Store(folder + "/mail.db", folder + "/media")
-memory, time = status("VmRSS"), seconds()
-spool, answer, kept = store.spool(), [], threading.Event()
-with open(path, "rb") as file:
-    for data in iter(lambda: file.read(65536), b""):
-        spool.write(data)
-spool.finish()
-def done(result, error):
-    answer.extend((result, error))
-    kept.set()
-incoming = pegmail.Incoming(pegmail.Envelope("a@example.com", ("b@example.com",)), b"A: b\r\n",
-                            pegmail.read_subject(spool.head), spool)
-store.add([pegmail.Job(incoming, done)])
-kept.wait()
-if answer[1] is not None:
-    raise answer[1]
-fields, body, error = store.digest([answer[0]])[answer[0]]
-json.loads(fields), json.loads(body)
-print(json.dumps({"error": error, "seconds": seconds() - time,
-                  "megabytes": (status("VmHWM") - memory) / 1024, "body": body[:200]}))
-store.close()
+for line in iter(sys.stdin.readline, ""):
+    child = os.fork()
+    if child == 0:
+        explode(*line.split())
+        sys.exit()
+    if os.waitpid(child, 0)[1]:
+        sys.exit("it failed")
 """
 
 
@@ -2820,7 +2830,7 @@ def bombs():
     yield "depth 2000", [nested(2000), b"x\r\n"], "deep"
     yield "100,000 parts", [top] + [b"--b\r\n\r\nx\r\n" * 1000] * 100, "parts"
     yield "a million lines of --", [top] + dashes, "lines"
-    yield "50 MB of -- lines", [top] + [b"--\r\n" * 10000] * 1250, "lines"
+    yield "20 MB of -- lines", [top] + [b"--\r\n" * 10000] * 500, "lines"
     yield "lines of -- at depth 98", [nested(98)] + dashes, "lines"
     yield "lines of -- under the bound", [nested(98)] + [b"--x\r\n" * 9900] * 10, ""
     yield "lines that begin with every boundary", [
@@ -2829,26 +2839,26 @@ def bombs():
     yield "100,000 fields", [b"A: b\r\n" * 100000 + b"\r\nx\r\n"], "header"
     yield "3,000 fields", [b"A: b\r\n" * 3000 + b"\r\nx\r\n"], "fields"
     yield "deep rfc822", [b"Content-Type: message/rfc822\r\n\r\n" * 5000 + b"x\r\n"], "deep"
-    yield "1,000 large headers", [top] + [
-        b"--b\r\nA: " + b"b" * 50000 + b"\r\n\r\nx\r\n"] * 990, None
+    yield "300 large headers", [top] + [
+        b"--b\r\nA: " + b"b" * 50000 + b"\r\n\r\nx\r\n"] * 300, None
     yield "embedded messages with large headers", [
         b"Content-Type: multipart/digest; boundary=b\r\n\r\n"] + [
-        b"--b\r\n\r\nA: " + b"b" * 90000 + b"\r\n\r\nx\r\n"] * 490, None
+        b"--b\r\n\r\nA: " + b"b" * 90000 + b"\r\n\r\nx\r\n"] * 150, None
     fields = b"".join(b"X%d: \xff\r\n" % number for number in range(1900))
     yield "embedded messages with many fields", [
         b"Content-Type: multipart/digest; boundary=b\r\n\r\n"] + [
-        b"--b\r\n\r\n" + fields + b"\r\nx\r\n"] * 490, None
+        b"--b\r\n\r\n" + fields + b"\r\nx\r\n"] * 200, None
     yield "HTML of <", [text] + [b"<" * 100000] * 10 + [b"\r\n"], ""
     yield "HTML of <>", [text] + [b"<>" * 100000] * 9 + [b"\r\n"], ""
     yield "texts without end", [top] + [
-        b"--b\r\n" + text + b"<a href=" * 6000 + b"\r\n"] * 990, None
-    yield "990 small attachments", [top] + [
-        b"--b\r\nContent-Type: a/b\r\n\r\n%d\r\n" % number for number in range(990)], ""
-    yield "base64 garbage", [binary] + [b"=*&" * 100000 + b"\r\n"] * 100, ""
-    yield "base64 in one line", [binary] + [b"QUJD" * 100000] * 100, ""
+        b"--b\r\n" + text + b"<a href=" * 6000 + b"\r\n"] * 300, None
+    yield "500 small attachments", [top] + [
+        b"--b\r\nContent-Type: a/b\r\n\r\n%d\r\n" % number for number in range(500)], ""
+    yield "base64 garbage", [binary] + [b"=*&" * 100000 + b"\r\n"] * 50, ""
+    yield "base64 in one line", [binary] + [b"QUJD" * 100000] * 50, ""
     yield "quoted-printable of =", [
         b"Content-Type: a/b\r\nContent-Transfer-Encoding: quoted-printable\r\n\r\n"] + [
-        b"=" * 1000000] * 40, ""
+        b"=" * 1000000] * 20, ""
     yield "a large 8bit text", [b"A: b\r\n\r\n"] + ["é€\r\n".encode() * 20000] * 100, ""
 
 
@@ -2859,20 +2869,27 @@ class BombTests(unittest.TestCase):
     MAX_MEGABYTES = 250
 
     def test_bombs(self):
-        for name, pieces, error in bombs():
-            with self.subTest(name), tempfile.TemporaryDirectory(prefix="pegmail-") as folder:
-                self.explode(folder, pieces, error)
+        with tempfile.TemporaryFile() as errors, subprocess.Popen(
+                [sys.executable, "-W", "error", "-c", BOMB_CHILD], cwd=HERE, stderr=errors,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+            for name, pieces, error in bombs():
+                with self.subTest(name), tempfile.TemporaryDirectory(prefix="pegmail-") as folder:
+                    self.explode(child, folder, pieces, error)
+            child.stdin.close()
+            self.assertEqual(child.wait(DEADLINE), 0)
+            errors.seek(0)
+            self.assertEqual(errors.read(), b"")
 
-    def explode(self, folder, pieces, error):
+    def explode(self, child, folder, pieces, error):
         path, total = os.path.join(folder, "bomb"), hashlib.sha256(b"A: b\r\n")
         with open(path, "wb") as file:
             for piece in pieces:
                 file.write(piece)
                 total.update(piece)
-        done = subprocess.run([sys.executable, "-W", "error", "-c", BOMB_CHILD, path, folder],
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=HERE, timeout=120)
-        self.assertEqual((done.returncode, done.stderr), (0, b""))
-        found = json.loads(done.stdout)
+        child.stdin.write(f"{path} {folder}\n".encode())
+        child.stdin.flush()
+        found = json.loads(child.stdout.readline() or b"{}")
+        self.assertTrue(found, "the process has died")
         with contextlib.closing(PatientStore(folder + "/mail.db", folder + "/media")) as store:
             source, again = store.raw(1), hashlib.sha256()
             for window in source.windows(0, source.size):
@@ -2895,40 +2912,40 @@ resource.setrlimit(resource.RLIMIT_CPU, (90, 90))
 def seconds():
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
-MB = 1 << 20
+SIZE = 1 << 18
 for name, function, text in [
-    ("words", p.decode_words, "=?utf-8?B?w6k=?= " * (MB // 17)),
-    ("words, open", p.decode_words, "=?utf-8?B?" * (MB // 10)),
-    ("words, apart", p.decode_words, "=?a?q?x?=  " * (MB // 11)),
-    ("parameters, spaces", p.parse_parameters, "a/b" + (";" + "x" * 80 + " " * 999) * (MB // 1080)),
-    ("parameters, quotes", p.parse_parameters, 'a/b;x="' + '\\"' * (MB // 2)),
-    ("html, <", p.html_text, "<" * MB), ("html, <>", p.html_text, "<>" * MB),
-    ("html, a", p.html_text, "<a href" + " href" * MB + ">"),
-    ("html, spaces", p.html_text, ("<a " + " " * 1000) * (MB // 1000)),
-    ("html, scripts", p.html_text, "<script>" * (MB // 8)),
-    ("codes, digits", p.find_codes, "code " + "1" * MB),
-    ("codes", p.find_codes, "code 1234\n" * 99999),
-    ("codes, capitals", p.find_codes, ("code " + "A" * 1900 + "\n") * 2000),
-    ("codes, dashes", p.find_codes, ("code " + "ABC-" * 480 + "\n") * 2000),
-    ("codes, words", p.find_codes, "verif" * (MB // 5)),
-    ("links", p.find_links, "https://" * (MB // 8)), ("links, h", p.find_links, "h" * MB),
-    ("links, )", p.find_links, "https://x" + ")" * MB),
-    ("name", p.safe_filename, "." * MB), ("name, é", p.safe_filename, "é" * MB),
-    ("address", lambda text: [p.parse_address(text + chr(97 + n % 26)) for n in range(1000)],
+    ("words", p.decode_words, "=?utf-8?B?w6k=?= " * (SIZE // 17)),
+    ("words, open", p.decode_words, "=?utf-8?B?" * (SIZE // 10)),
+    ("words, apart", p.decode_words, "=?a?q?x?=  " * (SIZE // 11)),
+    ("parameters, spaces", p.parse_parameters, "a/b" + (";" + "x" * 80 + " " * 3999) * 64),
+    ("parameters, quotes", p.parse_parameters, 'a/b;x="' + '\\"' * (SIZE // 2)),
+    ("html, <", p.html_text, "<" * SIZE), ("html, <>", p.html_text, "<>" * SIZE),
+    ("html, a", p.html_text, "<a href" + " href" * SIZE + ">"),
+    ("html, spaces", p.html_text, ("<a " + " " * 4000) * 64),
+    ("html, scripts", p.html_text, "<script>" * (SIZE // 8)),
+    ("codes, digits", p.find_codes, "code " + "1" * SIZE),
+    ("codes", p.find_codes, "code 1234\n" * 25000),
+    ("codes, capitals", p.find_codes, ("code " + "A" * 1900 + "\n") * 500),
+    ("codes, dashes", p.find_codes, ("code " + "ABC-" * 480 + "\n") * 500),
+    ("codes, words", p.find_codes, "verif" * (SIZE // 5)),
+    ("links", p.find_links, "https://" * (SIZE // 8)), ("links, h", p.find_links, "h" * SIZE),
+    ("links, )", p.find_links, "https://x" + ")" * SIZE),
+    ("name", p.safe_filename, "." * SIZE), ("name, é", p.safe_filename, "é" * SIZE),
+    ("address", lambda text: [p.parse_address(text + chr(97 + n % 26)) for n in range(250)],
      '"' + "\\a" * 490 + '"@'),
-    ("domain", lambda text: [p.normalize_domain(text) for _ in range(1000)], "é" * 250),
-    ("header", lambda text: p.header_length(text.encode()), "x" * 100 + " " * MB),
-    ("header, colons", lambda text: p.parse_fields(text.encode()), ":" * MB),
-    ("header, spaces", lambda text: p.parse_fields(text.encode()), ("x" + " " * 1000) * 1000),
-    ("subject", lambda text: p.read_subject(text.encode()), "subject" + "\t" * MB),
-    ("folds", lambda text: p.parse_fields(text.encode()), "A: b" + "\r\n c" * (MB // 4)),
+    ("domain", lambda text: [p.normalize_domain(text) for _ in range(250)], "é" * 250),
+    ("header", lambda text: p.header_length(text.encode()), "x" * 100 + " " * SIZE),
+    ("header, colons", lambda text: p.parse_fields(text.encode()), ":" * SIZE),
+    ("header, spaces", lambda text: p.parse_fields(text.encode()), ("x" + " " * 4000) * 64),
+    ("subject", lambda text: p.read_subject(text.encode()), "subject" + "\t" * SIZE),
+    ("folds", lambda text: p.parse_fields(text.encode()), "A: b" + "\r\n c" * (SIZE // 4)),
 ]:
     begun = seconds()
     try:
         function(text)
     except (ValueError, p.ParseError):
         pass
-    if seconds() - begun > 5:
+    if seconds() - begun > 2:       # one that is quadratic takes far longer
         print(name, round(seconds() - begun, 1))
 """
         done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE,
