@@ -3467,7 +3467,7 @@ class KillTests(unittest.TestCase):
                 try:
                     until(lambda: len(self.acked) > before, "a message kept")    # noqa: B023
                     with contextlib.suppress(subprocess.TimeoutExpired):
-                        server.process.wait(self.chosen.uniform(0, 0.5))
+                        server.process.wait(self.chosen.uniform(0, 0.2))
                     self.assertIsNone(server.process.poll(), server.text()[-2000:])
                 finally:
                     server.process.kill()
