@@ -79,16 +79,16 @@ def need(program):
     return path
 
 
-def until(question, what="what was waited for"):
+def until(question, what="what was waited for", seconds=DEADLINE):
     """Ask again and again until the answer is true; return it."""
-    end = time.monotonic() + DEADLINE
+    end = time.monotonic() + seconds
     while True:
         answer = question()
         if answer:
             return answer
         if time.monotonic() > end:
-            raise AssertionError(f"{what} did not happen within {DEADLINE} s")
-        time.sleep(0.01)
+            raise AssertionError(f"{what} did not happen within {seconds} s")
+        time.sleep(0.003)
 
 
 def make_message(subject="hello", body="world\r\n", headers=""):
@@ -99,10 +99,11 @@ def make_message(subject="hello", body="world\r\n", headers=""):
 
 @functools.lru_cache(maxsize=None)
 def compiled():
-    """Return the path of the program's bytecode, which starts in half the time."""
+    """Return a folder with the program's bytecode, pegmail.pyc: it starts in half the time."""
     folder = tempfile.mkdtemp(prefix="pegmail-")
     atexit.register(shutil.rmtree, folder)
-    return py_compile.compile(PROGRAM, os.path.join(folder, "pegmail.pyc"), doraise=True)
+    py_compile.compile(PROGRAM, os.path.join(folder, "pegmail.pyc"), doraise=True)
+    return folder
 
 
 class Running:
@@ -122,8 +123,8 @@ class Running:
         self.output = open(os.path.join(self.folder, "output.txt"), "ab+")
         self.begin = self.output.tell()
         self.process = subprocess.Popen(
-            [*self.wrap, sys.executable, compiled(), "--smtp_port", "0", "--api_port", "0",
-             "--hostname", "mx.example.com", *self.arguments],
+            [*self.wrap, sys.executable, compiled() + "/pegmail.pyc", "--smtp_port", "0",
+             "--api_port", "0", "--hostname", "mx.example.com", *self.arguments],
             cwd=self.folder, env=self.environ, stdin=subprocess.DEVNULL, stdout=self.output,
             stderr=subprocess.STDOUT)
         until(lambda: "Ctrl-C" in self.text() or self.process.poll() is not None, "the start")
@@ -145,9 +146,9 @@ class Running:
         """Stop the program by a signal; return its exit status."""
         if self.process.poll() is None:
             self.process.send_signal(number)
-        status = self.process.wait(DEADLINE * 2)
+        until(lambda: self.process.poll() is not None, "the end", DEADLINE * 2)
         self.output.close()
-        return status
+        return self.process.returncode
 
     def __enter__(self):
         try:
@@ -1571,8 +1572,8 @@ class ServerChoiceTests(unittest.TestCase):
     def test_every_process_chooses_alike(self):
         code = ("import pegmail; print([pegmail.choose_server([('a', 1), ('b', 2), ('c', None)], "
                 "'u%d@example.com' % n) for n in range(100)])")
-        answers = {subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=HERE,
-                                  env={**os.environ, "PYTHONHASHSEED": seed}).stdout
+        answers = {subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE,
+                                  cwd=compiled(), env={**os.environ, "PYTHONHASHSEED": seed}).stdout
                    for seed in "12"}
         self.assertEqual(len(answers), 1)
         self.assertIn(b"('b', 2)", answers.pop())
@@ -2322,7 +2323,7 @@ class FilterTests(StoreCase):
     def expect(self, wanted):
         """Return the ids that a filter lets through, found the slow way."""
         def has(needle, texts):
-            return any(needle.casefold() in text.casefold() for text in texts)
+            return not needle or any(needle.casefold() in text.casefold() for text in texts)
         return [ident for ident, (sender, recipients, subject, is_read, received)
                 in self.model.items()
                 if has(wanted.sender, [sender]) and has(wanted.recipients, recipients)
@@ -2544,7 +2545,7 @@ class HoleStoreTests(StoreCase):
         self.assertEqual(store.attachment(name), ("f.bin", "application/x-test", 100000))
 
     def test_a_hundred_mails_with_one_attachment_cost_one(self):
-        content = random.Random(8).getrandbits(8 << 21).to_bytes(1 << 21, "big")
+        content = random.Random(8).getrandbits(8 << 18).to_bytes(1 << 18, "big")
         body, hashes = encode_columns(content, 76), []
         store = self.open(pegmail.Store)
         for number in range(100):
@@ -2555,8 +2556,7 @@ class HoleStoreTests(StoreCase):
         store = self.open(pegmail.Store)
         size = sum(os.path.getsize(os.path.join(path, name))
                    for path, _, names in os.walk(self.folder) for name in names)
-        # What 12 MB are to 10 MB: 20 KB a message besides the attachment
-        self.assertLess(size, len(content) + 100 * 20000)
+        self.assertLess(size, len(content) + 100 * 10000)
         self.assertFiles(1)
         for ident, expected in enumerate(hashes, 1):
             source, total = store.raw(ident), hashlib.sha256()
@@ -2733,8 +2733,9 @@ class OpenTests(StoreCase):
                 "if os.geteuid() == 0: os.setgid(65534), os.setuid(65534)\n"
                 "try: pegmail.Store(sys.argv[1], sys.argv[2])\n"
                 "except pegmail.SettingsError as error: print(error)\n")
-        done = subprocess.run([sys.executable, "-c", code, self.db_path, self.media], cwd=HERE,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=DEADLINE)
+        done = subprocess.run([sys.executable, "-c", code, self.db_path, self.media],
+                              cwd=compiled(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              timeout=DEADLINE)
         self.assertRegex(done.stdout.decode(), r"\A--db_path [^\n]*ermission denied[^\n]*\n\Z")
 
     def test_one_at_a_time(self):
@@ -2870,7 +2871,7 @@ class BombTests(unittest.TestCase):
 
     def test_bombs(self):
         with tempfile.TemporaryFile() as errors, subprocess.Popen(
-                [sys.executable, "-W", "error", "-c", BOMB_CHILD], cwd=HERE, stderr=errors,
+                [sys.executable, "-W", "error", "-c", BOMB_CHILD], cwd=compiled(), stderr=errors,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
             for name, pieces, error in bombs():
                 with self.subTest(name), tempfile.TemporaryDirectory(prefix="pegmail-") as folder:
@@ -2949,7 +2950,7 @@ for name, function, text in [
         print(name, round(seconds() - begun, 1))
 """
         done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, cwd=HERE, timeout=300)
+                              stderr=subprocess.STDOUT, cwd=compiled(), timeout=300)
         self.assertEqual((done.returncode, done.stdout.decode()), (0, ""))
 
 
@@ -3051,7 +3052,7 @@ class CrashTests(StoreCase):
         self.close()
         for number in range(8):
             child = subprocess.Popen([sys.executable, "-c", DIGEST_CHILD, self.db_path, self.media],
-                                     cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                                     cwd=compiled(), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             with child:
                 self.assertEqual(child.stdout.readline(), b"open\n")
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -3086,7 +3087,7 @@ class CrashTests(StoreCase):
         self.close()
         files = [name.replace(os.sep, "") for name in media_files(self.media)]
         done = subprocess.run(
-            [sys.executable, "-c", DELETE_CHILD, self.db_path, self.media, *files], cwd=HERE,
+            [sys.executable, "-c", DELETE_CHILD, self.db_path, self.media, *files], cwd=compiled(),
             timeout=DEADLINE * 2)
         self.assertEqual(done.returncode, -signal.SIGKILL)
         store = self.open()
@@ -3106,12 +3107,10 @@ class WALTests(unittest.TestCase):
             wire.ask("EHLO client.example")
 
             def deliver(count):
-                one = b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n"
-                for _ in range(count):
-                    wire.send(one)
-                    self.assertEqual([wire.reply()[:3] for _ in range(3)], ["250", "250", "354"])
-                    wire.send(large + b".\r\n")
-                    self.assertRegex(wire.reply(), "^250 2.0.0 ")
+                wire.send(b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nBDAT %d LAST\r\n%b"
+                          % (len(large), large) * count)
+                self.assertEqual([wire.reply()[:10] for _ in range(3 * count)],
+                                 ["250 2.1.0 ", "250 2.1.5 ", "250 2.0.0 "] * count)
 
             def size():
                 return os.path.getsize(path + "-wal")
@@ -3123,11 +3122,11 @@ class WALTests(unittest.TestCase):
                                  b"Host: localhost\r\n\r\n")
                     self.assertTrue(slow.recv(100).startswith(b"HTTP/1.1 200 "))
                     largest = 0
-                    for _ in range(16):
+                    for _ in range(8):
                         deliver(100)
                         largest = max(largest, size())
                         self.assertTrue(slow.recv(1000))
-                    self.assertLess(largest, 48 << 20)       # of the 96 MB that were written
+                    self.assertLess(largest, 24 << 20)       # of the 48 MB that were written
             with self.subTest("another program that holds a snapshot"):
                 self.assertNotIn("snapshot", server.text())
                 foreign = sqlite3.connect(path, isolation_level=None)
@@ -3946,7 +3945,7 @@ class StallTest(unittest.TestCase):
 
                 def noop():
                     self.assertEqual(wire.ask("NOOP")[:9], "250 2.0.0")
-                figures = self.measure({"NOOP": noop, "GET /healthz": health}, 6)
+                figures = self.measure({"NOOP": noop, "GET /healthz": health}, 3)
                 load.stdin.close()
                 kept, sent = map(int, load.stdout.read().split())
                 self.assertEqual(load.wait(DEADLINE), 0)
@@ -3959,7 +3958,7 @@ class StallTest(unittest.TestCase):
                 self.assertLess(times["99 %"], 1, (name, times))
             self.assertEqual(server.stop(), 0)
 
-    def measure(self, asks, seconds, every=0.05):
+    def measure(self, asks, seconds, every=0.025):
         """Ask at fixed moments; return how long answers took, counted from those moments.
 
         So an answer that comes late counts for each question that it held up.
@@ -5943,7 +5942,7 @@ class FuzzTest(unittest.TestCase):
         for options in ((), ("--bare_newline", "reject"), ("--max_size", "100000"),
                         ("--max_line", "1000", "--max_header", "2000")):
             with Offline("--max_errors", "1000", *options) as app:
-                for seed in range(12):
+                for seed in range(8):
                     source = random.Random(f"{options}{seed}")
                     data = odd_dialogue(source)
                     expected = self.outcome(app, in_cuts(data, 65536))   # as Stream feeds it
@@ -5993,7 +5992,7 @@ class FuzzTest(unittest.TestCase):
                     content = b"a: b\r\n\r\n" + b"\r" * length + end + b"\r\n"
                     data = TRANSACTION + content + b".\r\n"
                     source = random.Random(length)
-                    for pieces in ([data], in_cuts(data, 65536), random_cuts(source, data)):
+                    for pieces in (in_cuts(data, 65536), random_cuts(source, data)):
                         with self.subTest(length=length, end=end, pieces=len(pieces)):
                             if b"\r\n.\r\n" in content:
                                 continue
@@ -7762,7 +7761,7 @@ class WaitTest(APICase):
                     subject = f"{name}.{number}"
                     wire.deliver(make_message(subject))
                     kept.append(subject)
-        for round_ in range(4):
+        for round_ in range(2):
             with Running(folder=folder) as server:
                 threads = [threading.Thread(target=send, args=(f"{round_}.{name}", server))
                            for name in range(30)]
