@@ -743,10 +743,10 @@ class FolderCase(unittest.TestCase):
         """Run the program to its end; return (status, standard output, standard error)."""
         clean = {name: value for name, value in os.environ.items()
                  if not name.startswith("PEGMAIL_")}
-        done = subprocess.run([*wrap, sys.executable, PROGRAM, *arguments], timeout=DEADLINE,
-                              cwd=cwd or self.folder, env={**clean, **(environ or {})},
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE)
+        done = subprocess.run([*wrap, sys.executable, compiled() + "/pegmail.pyc", *arguments],
+                              timeout=DEADLINE, cwd=cwd or self.folder,
+                              env={**clean, **(environ or {})}, stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         return done.returncode, done.stdout.decode(), done.stderr.decode()
 
     def call_main(self, *arguments, environ=None):
@@ -3007,7 +3007,7 @@ class FuzzTests(StoreCase):
     def test_decoding_agrees_with_the_library(self):
         """What Python's own parser finds in sane messages is found here too."""
         for name, message, _ in layouts():
-            if "LF" in name or "twice" in name or "rubbish" in name or "uu" in name:
+            if re.search("LF|twice|rubbish|uu|3 MB", name):      # 3 MB take it a second
                 continue
             with self.subTest(name):
                 known = email.message_from_bytes(message, policy=email.policy.compat32)
@@ -3474,7 +3474,7 @@ class KillTests(unittest.TestCase):
                 try:
                     until(lambda: len(self.acked) > before, "a message kept")    # noqa: B023
                     with contextlib.suppress(subprocess.TimeoutExpired):
-                        server.process.wait(self.chosen.uniform(0, 0.2))
+                        server.process.wait(self.chosen.uniform(0, 0.1))
                     self.assertIsNone(server.process.poll(), server.text()[-2000:])
                 finally:
                     server.process.kill()
