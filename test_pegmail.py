@@ -1105,24 +1105,6 @@ class RefusedStartTest(FolderCase):
         self.assert_refused(1, ["--smtp_port 25", "Permission denied", "choose another"],
                             "--smtp_port=25", "--api_port=0", wrap=self.rights_prefix())
 
-    def test_database_that_is_none(self):
-        contents = b"Dear diary, this is no database.\n" * 300
-        self.write("mail.db", contents)
-        self.assert_refused(1, ["--db_path mail.db", "not a database"], "--smtp_port=0",
-                            "--api_port=0")
-        with open(self.path("mail.db"), "rb") as file:
-            self.assertEqual(file.read(), contents)
-
-    def test_newer_database(self):
-        with contextlib.closing(sqlite3.connect(self.path("mail.db"))) as db:
-            db.execute("PRAGMA user_version = 99")
-            db.execute("CREATE TABLE future (x)")
-        self.assert_refused(1, ["--db_path mail.db", "newer pegmail", "99"], "--smtp_port=0",
-                            "--api_port=0")
-        with contextlib.closing(sqlite3.connect(self.path("mail.db"))) as db:
-            self.assertEqual(db.execute("SELECT name FROM sqlite_master").fetchall(),
-                             [("future",)])
-
     def test_places_that_cannot_be_written(self):
         self.write("file", "")
         os.mkdir(self.path("folder"))
@@ -2690,7 +2672,7 @@ class OpenTests(StoreCase):
             db.execute(f"PRAGMA user_version = {pegmail.SCHEMA + 1}")
         with open(self.db_path, "rb") as file:
             before = file.read()
-        self.refused(r"--db_path .*newer pegmail")
+        self.refused(rf"--db_path .*newer pegmail.*{pegmail.SCHEMA + 1}")
         with open(self.db_path, "rb") as file:
             self.assertEqual(file.read(), before)
 
@@ -2721,17 +2703,6 @@ class OpenTests(StoreCase):
             names = [name for (name,) in db.execute("SELECT name FROM sqlite_master")]
         self.assertEqual(names, ["message"])
 
-    def test_places_that_cannot_be_used(self):
-        os.mkdir(self.db_path)
-        self.refused("--db_path")
-        os.rmdir(self.db_path)
-        self.refused("--db_path", db_path=os.path.join(self.folder, "no", "such", "mail.db"))
-        place = os.path.join(self.folder, "file")
-        with open(place, "w"):
-            self.refused("--media_path", media=place)
-            self.refused("--media_path", media=os.path.join(place, "media"))
-        self.open()                             # nothing of all that stands in the way
-
     def test_read_only(self):
         self.open().close()
         self.store = None
@@ -2746,25 +2717,6 @@ class OpenTests(StoreCase):
                               cwd=compiled(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                               timeout=DEADLINE)
         self.assertRegex(done.stdout.decode(), r"\A--db_path [^\n]*ermission denied[^\n]*\n\Z")
-
-    def test_one_at_a_time(self):
-        self.open()
-        self.refused(r"--db_path .*another pegmail \(process %d\)" % os.getpid())
-        keep(self.store, b"x")
-        self.close()
-        self.open()
-        self.assertEqual(self.store.count(pegmail.Filter()), 1)
-
-    def test_files_are_private(self):
-        store = self.open()
-        keep(store, b"A: b\r\n\r\n" + b"x" * 100000)
-        keep(store, with_attachment(encode_columns(os.urandom(90000), 76)))
-        store.begin()
-        for path, folders, names in os.walk(self.folder):
-            for name in folders:
-                self.assertEqual(os.stat(os.path.join(path, name)).st_mode & 0o777, 0o700, name)
-            for name in names:
-                self.assertEqual(os.stat(os.path.join(path, name)).st_mode & 0o777, 0o600, name)
 
 
 # For each line "path folder" of its input: keeps the message in that file, digests it, and says
@@ -5769,6 +5721,16 @@ class ProxyTest(TranscriptCase):
                 ident = wire.deliver(make_message())
                 self.assertEqual(self.peer_of(self.raw(ident)), "127.0.0.2")
 
+    def test_client_behind_a_proxy_is_not_the_proxy(self):
+        """What a proxy may say, its clients may not."""
+        with self.server.connect(greeting=False) as wire:
+            wire.send("PROXY TCP4 192.0.2.7 192.0.2.1 4711 25\r\n")
+            self.assertEqual(wire.reply()[:3], "220")
+            self.assertNotIn("XCLIENT", wire.ask("EHLO client.example"))
+            self.assertRegex(wire.ask("XCLIENT ADDR=192.0.2.99"), "^550 5\\.7\\.0 ")
+            ident = wire.deliver(make_message())
+        self.assertEqual(self.peer_of(self.raw(ident)), "192.0.2.7")
+
     def test_lf_is_for_this_host(self):
         """Who comes through a proxy on this host is not on this host."""
         header = b"PROXY TCP4 192.0.2.7 198.51.100.1 56324 25\r\n"
@@ -7750,7 +7712,8 @@ class WaitTest(APICase):
             self.problem(wire.answer(), 404)
 
     def test_a_stop_answers_them(self):
-        with Running() as server, contextlib.ExitStack() as stack:
+        """So they do not use up the grace."""
+        with Running("--grace=600") as server, contextlib.ExitStack() as stack:
             wires = [stack.enter_context(HTTPWire(server)) for _ in range(5)]
             for wire in wires:
                 wire.send(http_request("/list?wait=60"))
@@ -8343,7 +8306,8 @@ class AuthRouteTest(APICase):
         with HTTPWire(self.server) as wire:
             wire.send("\r\n".join([f"GET /auth HTTP/{version}", *lines, "", ""]))
             answer = wire.answer()
-            self.assertEqual(answer.status, 200)        # any other is an internal error to nginx
+            # Any other is an internal error to nginx.
+            self.assertEqual((answer.status, answer.body), (200, b""))
             self.assertTrue(version == "1.1" or wire.is_closed())
         return answer
 
@@ -8371,7 +8335,7 @@ class AuthRouteTest(APICase):
                    "RCPT TO:<postmaster>", "RCPT TO:<Postmaster>",
                    'RCPT TO:<"a b"@good.example>', 'RCPT TO:<"a>b"@good.example>',
                    "RCPT TO:<bob+tag@good.example>", "RCPT TO:<bob%evil.example@good.example>",
-                   "RCPT TO:<@relay.example:bob@good.example>"):
+                   "RCPT TO:<@relay.example:bob@good.example>", "RCPT TO:bob@good.example"):
             for version in ("1.0", "1.1"):
                 with self.subTest(to=to, version=version):
                     self.let_in(self.auth(to, version))
@@ -8386,8 +8350,8 @@ class AuthRouteTest(APICase):
                 self.turned_away(self.auth(to), r"550 5\.7\.1")
         for to in ("RCPT TO:<bob@evil.example", "RCPT TO:<>", "RCPT TO:<a b@good.example>",
                    "RCPT TO:<bob@good.example@evil.example>", "RCPT TO:<@good.example>",
-                   "RCPT TO:<bob@>", "RCPT TO:<bob@good..example>", "\xff\xfe",
-                   "RCPT TO:<" + "a" * 2000 + "@good.example>"):
+                   "RCPT TO:<bob@>", "RCPT TO:<bob@good..example>", "RCPT TO:<b@evil\t>",
+                   "\xff\xfe", "RCPT TO:<" + "a" * 2000 + "@good.example>"):
             with self.subTest(to=to[:40]):
                 self.turned_away(self.auth(to), r"5[05]\d 5\.\d\.\d")
 
@@ -9081,19 +9045,6 @@ class StopTest(FolderCase):
             self.assertEqual(server.stop(signal.SIGTERM), 0)
             self.assertNotIn(b"250", wire.rest())
 
-    def test_waiting_request_is_answered(self):
-        """A long poll does not use up the grace: it is answered with what there is."""
-        with Running("--grace=600") as server:
-            with contextlib.closing(http.client.HTTPConnection(
-                    "127.0.0.1", server.api_port, timeout=DEADLINE)) as client:
-                client.request("GET", "/list?wait=60")
-                until(lambda: b"pegmail_http_waiting 1" in server.request("/metrics")[2])
-                server.process.send_signal(signal.SIGTERM)
-                response = client.getresponse()
-                self.assertEqual((response.status, json.loads(response.read())),
-                                 (200, {"items": [], "count": 0}))
-            self.assertEqual(server.stop(0), 0)
-
     def test_message_being_committed_is_kept_once(self):
         """A stop while the writer waits: one 250, one message, then 421."""
         with Running("--grace=600") as server:
@@ -9526,6 +9477,10 @@ class NginxMailTest(NginxCase):
         with self.pair("--server_host", "example.com", "b\u00fccher.example") as (server, nginx):
             for message in (make_message(), ODD, LARGE):
                 with nginx.connect() as wire:
+                    # What comes behind RCPT is passed on, and is not nginx's own.
+                    wire.deliver(make_message())
+                    self.assertRegex(wire.ask("XCLIENT ADDR=192.0.2.99"), "^550 5\\.7\\.0 ")
+                    self.assertNotIn("XCLIENT", wire.ask("EHLO again.example"))
                     ident = wire.deliver(message)
                     self.assertEqual(wire.ask("QUIT")[:3], "221")
                 trace, stored = read_stored(server, ident)
@@ -9542,21 +9497,16 @@ class NginxMailTest(NginxCase):
                                  "550 5.7.1 Mail for this domain is not taken here")
                 self.assertEqual(wire.ask("DATA")[:3], "354")
                 wire.send(make_message() + b".\r\n")
-                self.assertEqual(wire.reply(), "250 2.0.0 Kept as 4")
-            self.assertEqual(server.get("/mail?mail_id=4")["mail_to"],
+                self.assertEqual(wire.reply(), "250 2.0.0 Kept as 7")
+            self.assertEqual(server.get("/mail?mail_id=7")["mail_to"],
                              ["x@xn--bcher-kva.example", "x@EXAMPLE.com"])
-            self.assertIn("from old.example ([127.0.0.6])", read_stored(server, 4)[0])
-
-    def test_refused_recipient(self):
-        with self.pair("--server_host", "example.com") as (server, nginx):
-            with nginx.connect() as wire:
+            self.assertIn("from old.example ([127.0.0.6])", read_stored(server, 7)[0])
+            with nginx.connect() as wire:           # nginx refuses it itself, after 3 s (Auth-Wait)
                 wire.ask("EHLO client.example")
                 self.assertEqual(wire.ask("MAIL FROM:<a@example.org>")[:3], "250")
                 self.assertEqual(wire.ask("RCPT TO:<b@example.org>"),
                                  "550 5.7.1 Mail for this domain is not taken here")
-            with nginx.connect() as wire:
-                wire.deliver(make_message())
-            self.assertEqual(server.get("/count"), {"count": 1})
+            self.assertEqual(server.get("/count"), {"count": 7})
 
     def test_what_nginx_promises_holds(self):
         """Pipelined commands, 8BITMIME and SIZE, as its EHLO offers them."""
@@ -9577,15 +9527,6 @@ class NginxMailTest(NginxCase):
                 self.assertEqual(wire.reply(), "250 2.0.0 Kept as 2")
                 self.assertEqual(wire.reply()[:3], "221")
             self.assertEqual([read_stored(server, n)[1] for n in (1, 2)], [LARGE, ODD])
-
-    def test_client_cannot_name_another(self):
-        """nginx passes everything on behind RCPT: XCLIENT from there is not nginx's own."""
-        with self.pair() as (server, nginx), nginx.connect() as wire:
-            wire.deliver(make_message())
-            self.assertRegex(wire.ask("XCLIENT ADDR=192.0.2.99"), "^550 5\\.7\\.0 ")
-            self.assertNotIn("XCLIENT", wire.ask("EHLO again.example"))
-            ident = wire.deliver(make_message())
-            self.assertIn("([127.0.0.5])", read_stored(server, ident)[0])
 
     def test_token_and_names_are_quoted(self):
         """What nginx asks, seen by a listener in pegmail's place."""
@@ -9667,51 +9608,6 @@ class NginxMailTest(NginxCase):
             self.assertEqual(headers["Auth-Port"], str(number))
 
 
-class AuthTest(ServerCase):
-    """/auth lets in only recipients of --server_host (ngx_mail_auth_http_module)."""
-
-    options = ("--server_host", "example.com", "b\u00fccher.example", "[192.0.2.1]")
-
-    def ask(self, recipient, **more):
-        """Return the answer to nginx's question as a message of header fields."""
-        headers = {"Auth-Method": "none", "Auth-User": "", "Auth-Pass": "",
-                   "Auth-Protocol": "smtp", "Auth-Login-Attempt": "1", "Client-IP": "192.0.2.9",
-                   "Client-Host": "[UNAVAILABLE]", "Auth-SMTP-Helo": "client.example",
-                   "Auth-SMTP-From": "MAIL FROM:<a@example.com>", "Auth-SMTP-To": recipient}
-        headers.update({name.replace("_", "-"): value for name, value in more.items()})
-        status, answer, body = self.server.request("/auth", headers=headers)
-        self.assertEqual((status, body), (200, b""))
-        return answer
-
-    def test_recipients(self):
-        for recipient in ("RCPT TO:<b@example.com>", "rcpt to: <b@EXAMPLE.COM>",
-                          "RCPT TO:<b@example.com> NOTIFY=NEVER", "RCPT TO:b@example.com",
-                          "RCPT TO:<b@xn--bcher-kva.example>", "RCPT TO:<postmaster>",
-                          "RCPT TO:<b@[192.0.2.1]>", "RCPT TO:<\"a b\"@example.com>"):
-            with self.subTest(recipient):
-                answer = self.ask(recipient)
-                self.assertEqual((answer["Auth-Status"], answer["Auth-Server"],
-                                  answer["Auth-Port"], answer["Auth-Error-Code"]),
-                                 ("OK", "127.0.0.1", str(self.server.smtp_port), None))
-        for recipient in ("RCPT TO:<b@example.org>", "RCPT TO:<b@sub.example.com>",
-                          "RCPT TO:<b@example.com.evil>", "RCPT TO:<b@example.com@evil.example>",
-                          "RCPT TO:<b@[192.0.2.2]>", "RCPT TO:<b>", "RCPT TO:<b@evil\t>",
-                          "RCPT TO:<\"b@example.com\"@evil.example>"):
-            with self.subTest(recipient):
-                answer = self.ask(recipient)
-                self.assertNotEqual(answer["Auth-Status"], "OK")
-                self.assertIsNone(answer["Auth-Server"])
-                self.assertRegex(answer["Auth-Error-Code"], r"^55[03] 5\.\d+\.\d+$")
-                self.assertRegex(answer["Auth-Wait"], r"^\d+$")
-
-    def test_other_questions(self):
-        for more in ({"Auth_Protocol": "imap"}, {"Auth_Protocol": "pop3"},
-                     {"Auth_Method": "plain", "Auth_User": "b", "Auth_Pass": "c"}):
-            with self.subTest(more):
-                self.assertNotEqual(self.ask("RCPT TO:<b@example.com>", **more)["Auth-Status"],
-                                    "OK")
-
-
 class NginxStreamTest(NginxCase):
     """Passthrough: pegmail has the certificate, a PROXY header names the client."""
 
@@ -9728,7 +9624,10 @@ class NginxStreamTest(NginxCase):
                     self.assertEqual(wire.greeting, "220 mx.example.com ESMTP pegmail")
                     wire.ask("EHLO client.example")
                     self.assertEqual(wire.ask("MAIL FROM:<a@example.com>")[:9], "530 5.7.0")
+                    self.assertRegex(wire.ask("XCLIENT ADDR=192.0.2.99"), "^550 5\\.7\\.0 ")
                     self.assertEqual(start_tls(wire), self.cert)     # end to end
+                    self.assertRegex(wire.ask("XCLIENT ADDR=192.0.2.99"), "^550 5\\.7\\.0 ")
+                    self.assertNotIn("XCLIENT", wire.ask("EHLO client.example"))
                     ident = wire.deliver(message)
                     cipher, _, bits = wire.socket.cipher()
                     version = wire.socket.version()
@@ -9740,44 +9639,6 @@ class NginxStreamTest(NginxCase):
                 self.assertEqual(stored, message)
                 self.assertIn(f"from client.example ([{source}])\r\n", trace)
                 self.assertIn(f"with ESMTPS ({version} cipher {cipher} bits {bits})", trace)
-
-    def test_client_cannot_name_another(self):
-        """The trust in a proxy ends where its client begins to speak."""
-        with self.pair(*self.options) as (server, nginx), nginx.connect() as wire:
-            self.assertNotIn("XCLIENT", wire.ask("EHLO client.example"))
-            self.assertRegex(wire.ask("XCLIENT ADDR=192.0.2.99"), "^550 5\\.7\\.0 ")
-            start_tls(wire)
-            self.assertNotIn("XCLIENT", wire.ask("EHLO client.example"))
-            self.assertRegex(wire.ask("XCLIENT ADDR=192.0.2.99"), "^550 5\\.7\\.0 ")
-            ident = wire.deliver(make_message())
-            self.assertIn("([127.0.0.5])", read_stored(server, ident)[0])
-
-
-class ProxyTrustTest(ServerCase):
-    """What a proxy may say, its clients may not; and they are not this host."""
-
-    options = ("--trusted_proxy=127.0.0.1", "--proxy_protocol")
-
-    def test_client_behind_a_proxy_is_not_the_proxy(self):
-        with self.server.connect(greeting=False) as wire:
-            wire.send("PROXY TCP4 192.0.2.7 192.0.2.1 4711 25\r\n")
-            self.assertEqual(wire.reply()[:3], "220")
-            self.assertNotIn("XCLIENT", wire.ask("EHLO client.example"))
-            self.assertRegex(wire.ask("XCLIENT ADDR=192.0.2.99"), "^550 5\\.7\\.0 ")
-            ident = wire.deliver(make_message())
-        self.assertIn("([192.0.2.7])", read_stored(self.server, ident)[0])
-
-    def test_bare_newlines_are_for_this_host_only(self):
-        with self.server.connect(greeting=False) as wire:
-            wire.send("PROXY TCP4 192.0.2.7 192.0.2.1 4711 25\r\n")
-            self.assertEqual(wire.reply()[:3], "220")
-            wire.send("HELO client.example\n")
-            self.assertEqual(wire.reply(), "500 5.5.2 Lines must end with CRLF")
-
-    def test_without_a_header(self):
-        with self.server.connect(greeting=False) as wire:
-            wire.send("EHLO client.example\r\nNOOP\r\n")
-            self.assertRegex(wire.rest(), rb"\A421 4\.3\.\d [^\r\n]*\r\n\Z")
 
 
 # -- The shape of the repository --
