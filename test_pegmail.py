@@ -455,14 +455,21 @@ def content_of(raw):
 
 # -- Transcripts --
 
+BEGUN = {"EHLO": "S: 220 *\nC: EHLO client.example\nS: 250-*\n"}
+BEGUN["RCPT"] = BEGUN["EHLO"] + ("C: MAIL FROM:<ann@client.example>\nS: 250 2.1.0 *\n"
+                                 "C: RCPT TO:<bob@mail.example>\nS: 250 2.1.5 *\n")
+BEGUN["DATA"] = BEGUN["RCPT"] + "C: DATA\nS: 354 *\n"
+
+
 def read_transcript(text):
     r"""Return the [(kind, bytes or pattern)] of a transcript.
 
     `S: ` is a line of the server, in which `*` matches anything (`S: 250-*` a whole reply), `C: `
     one of the client, `c: ` the same without a line end; escapes such as \x00 are read in both.
-    `E:` says that the server ends the connection.
+    `E:` says that the server ends the connection; `B: RCPT` is how most begin, up to that reply.
     """
     steps = []
+    text = re.sub(r"\bB: (\w+)", lambda match: BEGUN[match.group(1)], text)
     for line in filter(None, map(str.strip, text.split("\n"))):
         if line == OVER:
             steps.append((OVER, b""))
@@ -4053,13 +4060,7 @@ class SMTPTest(TranscriptCase):
                             ("HELO client.example", "250 *")):
             with self.subTest(line):
                 self.play(f"""
-                    S: 220 *
-                    C: EHLO client.example
-                    S: 250-*
-                    C: MAIL FROM:<ann@client.example>
-                    S: 250 2.1.0 *
-                    C: RCPT TO:<bob@mail.example>
-                    S: 250 2.1.5 *
+                    B: RCPT
                     C: {line}
                     S: {reply}
                     C: RCPT TO:<bob@mail.example>
@@ -4072,15 +4073,7 @@ class SMTPTest(TranscriptCase):
 
     def test_several_messages(self):
         kept = self.play("""
-            S: 220 *
-            C: EHLO client.example
-            S: 250-*
-            C: MAIL FROM:<ann@client.example>
-            C: RCPT TO:<bob@mail.example>
-            C: DATA
-            S: 250 2.1.0 *
-            S: 250 2.1.5 *
-            S: 354 *
+            B: DATA
             C: one
             C: .
             S: 250 2.0.0 Kept as *
@@ -4127,15 +4120,7 @@ class SMTPTest(TranscriptCase):
     def test_dot_stuffing(self):
         """RFC 5321 4.5.2: one dot goes from the beginning of a line, and only there."""
         kept = self.play("""
-            S: 220 *
-            C: EHLO client.example
-            S: 250-*
-            C: MAIL FROM:<ann@client.example>
-            C: RCPT TO:<bob@mail.example>
-            C: DATA
-            S: 250 2.1.0 *
-            S: 250 2.1.5 *
-            S: 354 *
+            B: DATA
             C: ..
             C: ...
             C: .. .
@@ -4151,9 +4136,7 @@ class SMTPTest(TranscriptCase):
     def test_chunks(self):
         """RFC 3030: counted bytes, in which neither dots nor line ends mean anything."""
         kept = self.play(r"""
-            S: 220 *
-            C: EHLO client.example
-            S: 250-*
+            B: EHLO
             C: MAIL FROM:<ann@client.example>
             C: RCPT TO:<bob@mail.example>
             C: BDAT 12
@@ -4178,13 +4161,7 @@ class SMTPTest(TranscriptCase):
             with self.subTest(chunks):
                 replies = "\n".join(["S: 250 2.0.0 *"] * chunks.count("BDAT"))
                 kept = self.play(f"""
-                    S: 220 *
-                    C: EHLO client.example
-                    S: 250-*
-                    C: MAIL FROM:<ann@client.example>
-                    C: RCPT TO:<bob@mail.example>
-                    S: 250 2.1.0 *
-                    S: 250 2.1.5 *
+                    B: RCPT
                     {chunks}
                     {replies}
                     C: DATA
@@ -4195,9 +4172,7 @@ class SMTPTest(TranscriptCase):
     def test_order_of_chunks(self):
         """RFC 3030 2: BDAT needs a recipient; no DATA or RCPT may stand between chunks."""
         kept = self.play(r"""
-            S: 220 *
-            C: EHLO client.example
-            S: 250-*
+            B: EHLO
             C: BDAT 6
             c: NOOP\r\n
             S: 503 5.5.1 *
@@ -4242,9 +4217,7 @@ class SMTPTest(TranscriptCase):
 
     def test_reset_drops_chunks(self):
         kept = self.play(r"""
-            S: 220 *
-            C: EHLO client.example
-            S: 250-*
+            B: EHLO
             C: MAIL FROM:<ann@client.example>
             C: RCPT TO:<bob@mail.example>
             C: BDAT 5
@@ -4267,9 +4240,7 @@ class SMTPTest(TranscriptCase):
     def test_binary(self):
         """RFC 3030 3: BINARYMIME comes by BDAT only, and every byte stays as it is."""
         kept = self.play(r"""
-            S: 220 *
-            C: EHLO client.example
-            S: 250-*
+            B: EHLO
             C: MAIL FROM:<ann@client.example> BODY=BINARYMIME
             C: RCPT TO:<bob@mail.example>
             C: DATA
@@ -5414,9 +5385,7 @@ class StartTLSTest(TLSCase):
 
     def test_chunks_before_tls_are_no_commands(self):
         self.play(r"""
-            S: 220 *
-            C: EHLO client.example
-            S: 250-*
+            B: EHLO
             C: BDAT 6 LAST
             c: HELP\r\n
             S: 530 5.7.0 *
@@ -5555,15 +5524,7 @@ class OptionalTLSTest(TLSCase):
 
     def test_without_tls(self):
         kept = self.play("""
-            S: 220 *
-            C: EHLO client.example
-            S: 250-*
-            C: MAIL FROM:<ann@client.example>
-            S: 250 2.1.0 *
-            C: RCPT TO:<bob@mail.example>
-            S: 250 2.1.5 *
-            C: DATA
-            S: 354 *
+            B: DATA
             C: open
             C: .
             S: 250 2.0.0 Kept as *
