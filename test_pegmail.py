@@ -1671,11 +1671,6 @@ class TraceTests(unittest.TestCase):
         self.assertIn(b"([IPv6:2001:db8::1])", self.trace(peer="2001:db8::1"))
         self.assertTrue(self.trace(sender="").startswith(b"Return-Path: <>\r\n"))
 
-    def test_several_recipients_are_not_told_of_each_other(self):
-        trace = self.trace(recipients=("b@example.com", "secret@example.com"))
-        self.assertNotIn(b"secret", trace)
-        self.assertNotIn(b"for <", trace)
-
     def test_injection(self):
         hostile = ["x\r\nEvil: 1", "x\nEvil: 1", "x\rEvil: 1", "x\r\n\r\nbody", "a\0b", "(((",
                    "x) by evil with ESMTP; (", "\\", '"', "é\u2028Evil: 1", "\x85Evil: 1",
@@ -4764,12 +4759,6 @@ class TraceTest(unittest.TestCase):
                for back in (0, 1)]
         self.assertEqual(len(set(ids)), 2)
 
-    def test_peer(self):
-        for peer, expected in (("192.0.2.9", b"[192.0.2.9]"), ("::1", b"[IPv6:::1]"),
-                               ("2001:db8::7", b"[IPv6:2001:db8::7]")):
-            self.assertIn(b"from client.example (" + expected + b")\r\n",
-                          self.keep(HELLO, SENDER, RECIPIENT, peer=peer))
-
     def test_hostile_names(self):
         """Nothing a client says of itself ends a field, or forges a clause."""
         for name in ("a)(", "x; Mon, 1 Jan 2024", "é", "<script>", "a" * 1000, "[192.0.2.1]",
@@ -4783,10 +4772,6 @@ class TraceTest(unittest.TestCase):
                         r'RCPT TO:<"x;\"y"@mail.example>')
         self.assertTrue(raw.startswith(rb'Return-Path: <"a\>\"b> Received: x"@c.example>' b"\r\n"))
         self.assertEqual(raw.count(b"\r\nReceived: "), 1)
-
-    def test_null_sender(self):
-        self.assertTrue(self.keep(HELLO, "MAIL FROM:<>", RECIPIENT).startswith(
-            b"Return-Path: <>\r\nReceived: "))
 
     def test_given_trace_fields_stay(self):
         content = b"Return-Path: <old@x.example>\r\nReceived: old\r\n\r\n"
@@ -5474,7 +5459,7 @@ class StartTLSTest(TLSCase):
                 self.assertNotRegex(plain.recv(65536), rb"\d\d\d[ -]")
 
     def test_versions(self):
-        """TLS 1.2 and newer; nothing older."""
+        """TLS 1.2 and newer; that nothing older is taken CertificateTest asks."""
         for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
             context = client_context()
             context.minimum_version = context.maximum_version = version
@@ -5485,13 +5470,6 @@ class StartTLSTest(TLSCase):
                 ident = wire.deliver(make_message())
                 raw = self.raw(ident)
                 self.assertIn(f" with ESMTPS ({shown}".encode(), raw)
-        context = client_context()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
-        with self.server.connect() as wire, self.assertRaises((ssl.SSLError, ConnectionError)):
-            wire.ask("STARTTLS")
-            wire.socket = context.wrap_socket(wire.socket)
 
     def test_much_at_once_within_tls(self):
         """Many records at once, and more replies than a socket holds, lose nothing."""
@@ -8697,7 +8675,6 @@ class CurlTest(APICase):
         status, text = results[0]
         self.assertEqual((status, text.split("\t")[0], text.split("\t")[7]),
                          (0, str(new), "for curl\n"))
-        self.assertEqual(self.run_curl("-f", f"{self.base}/latest?wait=1&after={new}")[0], 22)
 
     def test_changes(self):
         ident, = self.deliver(make_message())
@@ -9187,39 +9164,16 @@ class CertificateTest(FolderCase):
         server.process.send_signal(signal.SIGHUP)
         until(lambda: server.text().count(text) > before, f"{text!r} in the log")
 
-    def test_real_clients(self):
-        """A self-signed certificate made by openssl, checked by smtplib and openssl."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.load_verify_locations(self.path("old.pem"))
+    def test_openssl(self):
+        """A self-signed certificate, made and checked by openssl."""
         with self.start() as server:
             self.assertIn(f"smtp://127.0.0.1:{server.smtp_port} with STARTTLS", server.text())
-            with server.connect() as wire:
-                wire.ask("EHLO x")
-                self.assertEqual(wire.ask("MAIL FROM:<a@example.com>"),
-                                 "530 5.7.0 Must issue a STARTTLS command first")
-            with smtplib.SMTP(timeout=DEADLINE, local_hostname="client.example") as client:
-                client._host = "mx.example.com"            # the name that the certificate has
-                client.connect("127.0.0.1", server.smtp_port)
-                client._host = "mx.example.com"
-                self.assertEqual(client.starttls(context=context)[0], 220)
-                cipher, version, bits = client.sock.cipher()
-                self.assertEqual(client.sendmail("a@example.com", ["b@example.com"], ODD), {})
-                version = client.sock.version()
-            trace, message = read_stored(server, 1)
-            self.assertEqual(message, ODD)
-            self.assertIn(f"with ESMTPS ({version} cipher {cipher} bits {bits})", trace)
             status, out = server.run_tool(
                 need("openssl"), "s_client", "-starttls", "smtp", "-connect",
                 f"127.0.0.1:{server.smtp_port}", "-CAfile", self.path("old.pem"), "-brief",
                 "-verify_return_error", "-crlf", "-ign_eof", input=b"QUIT\r\n")
             self.assertEqual(status, 0, out)
             self.assertIn("221 2.0.0 mx.example.com closing", out)
-            self.assertEqual(server.stop(), 0)
-
-    def test_optional(self):
-        with self.start("--starttls=optional") as server:
-            server.send()
-            self.assertEqual(self.offered(server), self.old)
             self.assertEqual(server.stop(), 0)
 
     def test_old_tls_is_refused(self):
