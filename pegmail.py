@@ -5248,7 +5248,7 @@ class HTTPSession(Session):
 # settings in, one line for each mistake of the operator, exit status 2 (usage) or 1.
 # =====================================================================================
 
-RELOAD_SECONDS = 10           # how often the certificate's files are looked at
+RELOAD_SECONDS = 2            # how often the certificate's files are looked at
 MAX_LOG = 10000               # log lines that wait to be written; more are counted and dropped
 LOG_SECONDS = 0.05            # lines are gathered that long: a wake-up a line costs more than it
 

@@ -8,6 +8,7 @@ skip a failure. The banners are those of pegmail.py, in the same order.
 """
 import argparse
 import ast
+import atexit
 import base64
 import binascii
 import collections
@@ -33,6 +34,7 @@ import logging
 import mailbox
 import os
 import platform
+import py_compile
 import quopri
 import random
 import re
@@ -67,6 +69,13 @@ PROGRAM = os.path.join(HERE, "pegmail.py")
 DEADLINE = 20           # seconds that a test waits for what has to happen
 
 
+def memory_folder():
+    """Return a new folder for tests that are not about the disk: in memory, if there is plenty."""
+    shared = "/dev/shm"
+    plenty = os.access(shared, os.W_OK) and shutil.disk_usage(shared).free > 1 << 30
+    return tempfile.mkdtemp(prefix="pegmail-", dir=shared if plenty else None)
+
+
 def need(program):
     """Return the path of another program; skip, or fail with PEGMAIL_TEST_PEERS=1, without it."""
     path = shutil.which(program) or shutil.which(program, path="/usr/sbin:/sbin:/usr/local/sbin")
@@ -77,22 +86,31 @@ def need(program):
     return path
 
 
-def until(question, what="what was waited for"):
+def until(question, what="what was waited for", seconds=DEADLINE):
     """Ask again and again until the answer is true; return it."""
-    end = time.monotonic() + DEADLINE
+    end = time.monotonic() + seconds
     while True:
         answer = question()
         if answer:
             return answer
         if time.monotonic() > end:
-            raise AssertionError(f"{what} did not happen within {DEADLINE} s")
-        time.sleep(0.01)
+            raise AssertionError(f"{what} did not happen within {seconds} s")
+        time.sleep(0.003)
 
 
 def make_message(subject="hello", body="world\r\n", headers=""):
     """Return a small message as bytes."""
     return (f"From: a@example.com\r\nTo: b@example.com\r\nSubject: {subject}\r\n{headers}\r\n"
             f"{body}").encode()
+
+
+@functools.lru_cache(maxsize=None)
+def compiled():
+    """Return a folder with the program's bytecode, pegmail.pyc: it starts in half the time."""
+    folder = tempfile.mkdtemp(prefix="pegmail-")
+    atexit.register(shutil.rmtree, folder)
+    py_compile.compile(PROGRAM, os.path.join(folder, "pegmail.pyc"), doraise=True)
+    return folder
 
 
 class Running:
@@ -112,8 +130,8 @@ class Running:
         self.output = open(os.path.join(self.folder, "output.txt"), "ab+")
         self.begin = self.output.tell()
         self.process = subprocess.Popen(
-            [*self.wrap, sys.executable, PROGRAM, "--smtp_port", "0", "--api_port", "0",
-             "--hostname", "mx.example.com", *self.arguments],
+            [*self.wrap, sys.executable, compiled() + "/pegmail.pyc", "--smtp_port", "0",
+             "--api_port", "0", "--hostname", "mx.example.com", *self.arguments],
             cwd=self.folder, env=self.environ, stdin=subprocess.DEVNULL, stdout=self.output,
             stderr=subprocess.STDOUT)
         until(lambda: "Ctrl-C" in self.text() or self.process.poll() is not None, "the start")
@@ -135,9 +153,9 @@ class Running:
         """Stop the program by a signal; return its exit status."""
         if self.process.poll() is None:
             self.process.send_signal(number)
-        status = self.process.wait(DEADLINE * 2)
+        until(lambda: self.process.poll() is not None, "the end", DEADLINE * 2)
         self.output.close()
-        return status
+        return self.process.returncode
 
     def __enter__(self):
         try:
@@ -273,7 +291,9 @@ class ServerCase(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls):
-        cls.server = Running(*cls.options)
+        folder = memory_folder()
+        cls.addClassCleanup(shutil.rmtree, folder)
+        cls.server = Running(*cls.options, folder=folder)
         cls.addClassCleanup(cls.server.__exit__)
         cls.server.start()
 
@@ -299,7 +319,7 @@ class Offline:
     """A real store, loop and Intake in a folder of their own, for sessions fed by hand."""
 
     def __init__(self, *options):
-        self.folder = tempfile.mkdtemp(prefix="pegmail-")
+        self.folder = memory_folder()
         self.quiet = logging.NullHandler()
         pegmail.log.addHandler(self.quiet)
         path = os.path.join(self.folder, "media")
@@ -435,14 +455,21 @@ def content_of(raw):
 
 # -- Transcripts --
 
+BEGUN = {"EHLO": "S: 220 *\nC: EHLO client.example\nS: 250-*\n"}
+BEGUN["RCPT"] = BEGUN["EHLO"] + ("C: MAIL FROM:<ann@client.example>\nS: 250 2.1.0 *\n"
+                                 "C: RCPT TO:<bob@mail.example>\nS: 250 2.1.5 *\n")
+BEGUN["DATA"] = BEGUN["RCPT"] + "C: DATA\nS: 354 *\n"
+
+
 def read_transcript(text):
     r"""Return the [(kind, bytes or pattern)] of a transcript.
 
     `S: ` is a line of the server, in which `*` matches anything (`S: 250-*` a whole reply), `C: `
     one of the client, `c: ` the same without a line end; escapes such as \x00 are read in both.
-    `E:` says that the server ends the connection.
+    `E:` says that the server ends the connection; `B: RCPT` is how most begin, up to that reply.
     """
     steps = []
+    text = re.sub(r"\bB: (\w+)", lambda match: BEGUN[match.group(1)], text)
     for line in filter(None, map(str.strip, text.split("\n"))):
         if line == OVER:
             steps.append((OVER, b""))
@@ -723,10 +750,10 @@ class FolderCase(unittest.TestCase):
         """Run the program to its end; return (status, standard output, standard error)."""
         clean = {name: value for name, value in os.environ.items()
                  if not name.startswith("PEGMAIL_")}
-        done = subprocess.run([*wrap, sys.executable, PROGRAM, *arguments], timeout=DEADLINE,
-                              cwd=cwd or self.folder, env={**clean, **(environ or {})},
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE)
+        done = subprocess.run([*wrap, sys.executable, compiled() + "/pegmail.pyc", *arguments],
+                              timeout=DEADLINE, cwd=cwd or self.folder,
+                              env={**clean, **(environ or {})}, stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         return done.returncode, done.stdout.decode(), done.stderr.decode()
 
     def call_main(self, *arguments, environ=None):
@@ -1084,24 +1111,6 @@ class RefusedStartTest(FolderCase):
             self.skipTest("the system does not say which ports are privileged")
         self.assert_refused(1, ["--smtp_port 25", "Permission denied", "choose another"],
                             "--smtp_port=25", "--api_port=0", wrap=self.rights_prefix())
-
-    def test_database_that_is_none(self):
-        contents = b"Dear diary, this is no database.\n" * 300
-        self.write("mail.db", contents)
-        self.assert_refused(1, ["--db_path mail.db", "not a database"], "--smtp_port=0",
-                            "--api_port=0")
-        with open(self.path("mail.db"), "rb") as file:
-            self.assertEqual(file.read(), contents)
-
-    def test_newer_database(self):
-        with contextlib.closing(sqlite3.connect(self.path("mail.db"))) as db:
-            db.execute("PRAGMA user_version = 99")
-            db.execute("CREATE TABLE future (x)")
-        self.assert_refused(1, ["--db_path mail.db", "newer pegmail", "99"], "--smtp_port=0",
-                            "--api_port=0")
-        with contextlib.closing(sqlite3.connect(self.path("mail.db"))) as db:
-            self.assertEqual(db.execute("SELECT name FROM sqlite_master").fetchall(),
-                             [("future",)])
 
     def test_places_that_cannot_be_written(self):
         self.write("file", "")
@@ -1561,8 +1570,8 @@ class ServerChoiceTests(unittest.TestCase):
     def test_every_process_chooses_alike(self):
         code = ("import pegmail; print([pegmail.choose_server([('a', 1), ('b', 2), ('c', None)], "
                 "'u%d@example.com' % n) for n in range(100)])")
-        answers = {subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=HERE,
-                                  env={**os.environ, "PYTHONHASHSEED": seed}).stdout
+        answers = {subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE,
+                                  cwd=compiled(), env={**os.environ, "PYTHONHASHSEED": seed}).stdout
                    for seed in "12"}
         self.assertEqual(len(answers), 1)
         self.assertIn(b"('b', 2)", answers.pop())
@@ -1661,11 +1670,6 @@ class TraceTests(unittest.TestCase):
             b"\tid 1a2b.1\r\n\tfor <b@example.com>;\r\n\tMon, 01 Jan 2024 00:00:00 +0000\r\n")
         self.assertIn(b"([IPv6:2001:db8::1])", self.trace(peer="2001:db8::1"))
         self.assertTrue(self.trace(sender="").startswith(b"Return-Path: <>\r\n"))
-
-    def test_several_recipients_are_not_told_of_each_other(self):
-        trace = self.trace(recipients=("b@example.com", "secret@example.com"))
-        self.assertNotIn(b"secret", trace)
-        self.assertNotIn(b"for <", trace)
 
     def test_injection(self):
         hostile = ["x\r\nEvil: 1", "x\nEvil: 1", "x\rEvil: 1", "x\r\n\r\nbody", "a\0b", "(((",
@@ -2071,6 +2075,29 @@ class StoreTests(StoreCase):
         self.assertIs(store.set_read(2, 1), False)
         self.assertIs(store.delete(2), False)
 
+    def test_moved_away(self):
+        """Nothing is kept in a file that nobody will find again; once it is back, all goes on."""
+        store = self.open()
+        keep(store, b"one")
+        os.rename(store.db_path, store.db_path + ".away")
+        store.file_seen = 0
+        with self.assertRaisesRegex(pegmail.StoreError, "removed or replaced"):
+            keep(store, b"two")
+        os.rename(store.db_path + ".away", store.db_path)
+        store.file_seen = 0
+        self.assertEqual(keep(store, b"three"), 2)
+
+    def test_rows_of_another_program(self):
+        """A row that another program inserted costs one message a try, not every one."""
+        store = self.open()
+        keep(store, b"one")
+        with contextlib.closing(sqlite3.connect(store.db_path, isolation_level=None)) as db:
+            db.execute("INSERT INTO message (id, received, sender, recipients, subject, size) "
+                       "VALUES (2, 0, '', '', '', 0)")
+        with self.assertRaises(pegmail.StoreError):
+            keep(store, b"two")
+        self.assertEqual(keep(store, b"two"), 3)
+
     def test_contents_of_every_kind_come_back(self):
         sizes = [0, 1, pegmail.SPOOL_SIZE, pegmail.SPOOL_SIZE + 1, 3 * pegmail.WINDOW + 1]
         contents = [os.urandom(size) for size in sizes] + [
@@ -2312,7 +2339,7 @@ class FilterTests(StoreCase):
     def expect(self, wanted):
         """Return the ids that a filter lets through, found the slow way."""
         def has(needle, texts):
-            return any(needle.casefold() in text.casefold() for text in texts)
+            return not needle or any(needle.casefold() in text.casefold() for text in texts)
         return [ident for ident, (sender, recipients, subject, is_read, received)
                 in self.model.items()
                 if has(wanted.sender, [sender]) and has(wanted.recipients, recipients)
@@ -2541,7 +2568,7 @@ class HoleStoreTests(StoreCase):
         self.assertEqual(store.attachment(name), ("f.bin", "application/x-test", 100000))
 
     def test_a_hundred_mails_with_one_attachment_cost_one(self):
-        content = random.Random(8).getrandbits(8 << 21).to_bytes(1 << 21, "big")
+        content = random.Random(8).getrandbits(8 << 18).to_bytes(1 << 18, "big")
         body, hashes = encode_columns(content, 76), []
         store = self.open(pegmail.Store)
         for number in range(100):
@@ -2552,8 +2579,7 @@ class HoleStoreTests(StoreCase):
         store = self.open(pegmail.Store)
         size = sum(os.path.getsize(os.path.join(path, name))
                    for path, _, names in os.walk(self.folder) for name in names)
-        # What 12 MB are to 10 MB: 20 KB a message besides the attachment
-        self.assertLess(size, len(content) + 100 * 20000)
+        self.assertLess(size, len(content) + 100 * 10000)
         self.assertFiles(1)
         for ident, expected in enumerate(hashes, 1):
             source, total = store.raw(ident), hashlib.sha256()
@@ -2678,7 +2704,7 @@ class OpenTests(StoreCase):
             db.execute(f"PRAGMA user_version = {pegmail.SCHEMA + 1}")
         with open(self.db_path, "rb") as file:
             before = file.read()
-        self.refused(r"--db_path .*newer pegmail")
+        self.refused(rf"--db_path .*newer pegmail.*{pegmail.SCHEMA + 1}")
         with open(self.db_path, "rb") as file:
             self.assertEqual(file.read(), before)
 
@@ -2709,17 +2735,6 @@ class OpenTests(StoreCase):
             names = [name for (name,) in db.execute("SELECT name FROM sqlite_master")]
         self.assertEqual(names, ["message"])
 
-    def test_places_that_cannot_be_used(self):
-        os.mkdir(self.db_path)
-        self.refused("--db_path")
-        os.rmdir(self.db_path)
-        self.refused("--db_path", db_path=os.path.join(self.folder, "no", "such", "mail.db"))
-        place = os.path.join(self.folder, "file")
-        with open(place, "w"):
-            self.refused("--media_path", media=place)
-            self.refused("--media_path", media=os.path.join(place, "media"))
-        self.open()                             # nothing of all that stands in the way
-
     def test_read_only(self):
         self.open().close()
         self.store = None
@@ -2730,31 +2745,14 @@ class OpenTests(StoreCase):
                 "if os.geteuid() == 0: os.setgid(65534), os.setuid(65534)\n"
                 "try: pegmail.Store(sys.argv[1], sys.argv[2])\n"
                 "except pegmail.SettingsError as error: print(error)\n")
-        done = subprocess.run([sys.executable, "-c", code, self.db_path, self.media], cwd=HERE,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=DEADLINE)
+        done = subprocess.run([sys.executable, "-c", code, self.db_path, self.media],
+                              cwd=compiled(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              timeout=DEADLINE)
         self.assertRegex(done.stdout.decode(), r"\A--db_path [^\n]*ermission denied[^\n]*\n\Z")
 
-    def test_one_at_a_time(self):
-        self.open()
-        self.refused(r"--db_path .*another pegmail \(process %d\)" % os.getpid())
-        keep(self.store, b"x")
-        self.close()
-        self.open()
-        self.assertEqual(self.store.count(pegmail.Filter()), 1)
 
-    def test_files_are_private(self):
-        store = self.open()
-        keep(store, b"A: b\r\n\r\n" + b"x" * 100000)
-        keep(store, with_attachment(encode_columns(os.urandom(90000), 76)))
-        store.begin()
-        for path, folders, names in os.walk(self.folder):
-            for name in folders:
-                self.assertEqual(os.stat(os.path.join(path, name)).st_mode & 0o777, 0o700, name)
-            for name in names:
-                self.assertEqual(os.stat(os.path.join(path, name)).st_mode & 0o777, 0o600, name)
-
-
-# Keeps the message in a file, digests it, and says what that took.
+# For each line "path folder" of its input: keeps the message in that file, digests it, and says
+# what that took. Each has a process of its own, by fork: what the import takes is spent once.
 BOMB_CHILD = r"""
 import json, os, resource, sys, threading
 import pegmail
@@ -2767,30 +2765,38 @@ def seconds():
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
 
+def explode(path, folder):
+    store = pegmail.Store(folder + "/mail.db", folder + "/media")
+    memory, time = status("VmRSS"), seconds()
+    spool, answer, kept = store.spool(), [], threading.Event()
+    with open(path, "rb") as file:
+        for data in iter(lambda: file.read(65536), b""):
+            spool.write(data)
+    spool.finish()
+    def done(result, error):
+        answer.extend((result, error))
+        kept.set()
+    envelope = pegmail.Envelope("a@example.com", ("b@example.com",))
+    store.add([pegmail.Job(pegmail.Incoming(envelope, b"A: b\r\n", "", spool), done)])
+    kept.wait()
+    if answer[1] is not None:
+        raise answer[1]
+    fields, body, error = store.digest([answer[0]])[answer[0]]
+    json.loads(fields), json.loads(body)
+    found = {"error": error, "seconds": seconds() - time,
+             "megabytes": (status("VmHWM") - memory) / 1024}
+    store.close()
+    print(json.dumps(found), flush=True)
+
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 resource.setrlimit(resource.RLIMIT_CPU, (90, 90))
-path, folder = sys.argv[1:]
-store = pegmail.Store(folder + "/mail.db", folder + "/media")
-memory, time = status("VmRSS"), seconds()
-spool, answer, kept = store.spool(), [], threading.Event()
-with open(path, "rb") as file:
-    for data in iter(lambda: file.read(65536), b""):
-        spool.write(data)
-spool.finish()
-def done(result, error):
-    answer.extend((result, error))
-    kept.set()
-incoming = pegmail.Incoming(pegmail.Envelope("a@example.com", ("b@example.com",)), b"A: b\r\n",
-                            "", spool)
-store.add([pegmail.Job(incoming, done)])
-kept.wait()
-if answer[1] is not None:
-    raise answer[1]
-fields, body, error = store.digest([answer[0]])[answer[0]]
-json.loads(fields), json.loads(body)
-print(json.dumps({"error": error, "seconds": seconds() - time,
-                  "megabytes": (status("VmHWM") - memory) / 1024, "body": body[:200]}))
-store.close()
+for line in iter(sys.stdin.readline, ""):
+    child = os.fork()
+    if child == 0:
+        explode(*line.split())
+        sys.exit()
+    if os.waitpid(child, 0)[1]:
+        sys.exit("it failed")
 """
 
 
@@ -2817,7 +2823,7 @@ def bombs():
     yield "depth 2000", [nested(2000), b"x\r\n"], "deep"
     yield "100,000 parts", [top] + [b"--b\r\n\r\nx\r\n" * 1000] * 100, "parts"
     yield "a million lines of --", [top] + dashes, "lines"
-    yield "50 MB of -- lines", [top] + [b"--\r\n" * 10000] * 1250, "lines"
+    yield "20 MB of -- lines", [top] + [b"--\r\n" * 10000] * 500, "lines"
     yield "lines of -- at depth 98", [nested(98)] + dashes, "lines"
     yield "lines of -- under the bound", [nested(98)] + [b"--x\r\n" * 9900] * 10, ""
     yield "lines that begin with every boundary", [
@@ -2826,26 +2832,26 @@ def bombs():
     yield "100,000 fields", [b"A: b\r\n" * 100000 + b"\r\nx\r\n"], "header"
     yield "3,000 fields", [b"A: b\r\n" * 3000 + b"\r\nx\r\n"], "fields"
     yield "deep rfc822", [b"Content-Type: message/rfc822\r\n\r\n" * 5000 + b"x\r\n"], "deep"
-    yield "1,000 large headers", [top] + [
-        b"--b\r\nA: " + b"b" * 50000 + b"\r\n\r\nx\r\n"] * 990, None
+    yield "300 large headers", [top] + [
+        b"--b\r\nA: " + b"b" * 50000 + b"\r\n\r\nx\r\n"] * 300, None
     yield "embedded messages with large headers", [
         b"Content-Type: multipart/digest; boundary=b\r\n\r\n"] + [
-        b"--b\r\n\r\nA: " + b"b" * 90000 + b"\r\n\r\nx\r\n"] * 490, None
+        b"--b\r\n\r\nA: " + b"b" * 90000 + b"\r\n\r\nx\r\n"] * 150, None
     fields = b"".join(b"X%d: \xff\r\n" % number for number in range(1900))
     yield "embedded messages with many fields", [
         b"Content-Type: multipart/digest; boundary=b\r\n\r\n"] + [
-        b"--b\r\n\r\n" + fields + b"\r\nx\r\n"] * 490, None
+        b"--b\r\n\r\n" + fields + b"\r\nx\r\n"] * 200, None
     yield "HTML of <", [text] + [b"<" * 100000] * 10 + [b"\r\n"], ""
     yield "HTML of <>", [text] + [b"<>" * 100000] * 9 + [b"\r\n"], ""
     yield "texts without end", [top] + [
-        b"--b\r\n" + text + b"<a href=" * 6000 + b"\r\n"] * 990, None
-    yield "990 small attachments", [top] + [
-        b"--b\r\nContent-Type: a/b\r\n\r\n%d\r\n" % number for number in range(990)], ""
-    yield "base64 garbage", [binary] + [b"=*&" * 100000 + b"\r\n"] * 100, ""
-    yield "base64 in one line", [binary] + [b"QUJD" * 100000] * 100, ""
+        b"--b\r\n" + text + b"<a href=" * 6000 + b"\r\n"] * 300, None
+    yield "500 small attachments", [top] + [
+        b"--b\r\nContent-Type: a/b\r\n\r\n%d\r\n" % number for number in range(500)], ""
+    yield "base64 garbage", [binary] + [b"=*&" * 100000 + b"\r\n"] * 50, ""
+    yield "base64 in one line", [binary] + [b"QUJD" * 100000] * 50, ""
     yield "quoted-printable of =", [
         b"Content-Type: a/b\r\nContent-Transfer-Encoding: quoted-printable\r\n\r\n"] + [
-        b"=" * 1000000] * 40, ""
+        b"=" * 1000000] * 20, ""
     yield "a large 8bit text", [b"A: b\r\n\r\n"] + ["é€\r\n".encode() * 20000] * 100, ""
 
 
@@ -2856,20 +2862,27 @@ class BombTests(unittest.TestCase):
     MAX_MEGABYTES = 250
 
     def test_bombs(self):
-        for name, pieces, error in bombs():
-            with self.subTest(name), tempfile.TemporaryDirectory(prefix="pegmail-") as folder:
-                self.explode(folder, pieces, error)
+        with tempfile.TemporaryFile() as errors, subprocess.Popen(
+                [sys.executable, "-W", "error", "-c", BOMB_CHILD], cwd=compiled(), stderr=errors,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+            for name, pieces, error in bombs():
+                with self.subTest(name), tempfile.TemporaryDirectory(prefix="pegmail-") as folder:
+                    self.explode(child, folder, pieces, error)
+            child.stdin.close()
+            self.assertEqual(child.wait(DEADLINE), 0)
+            errors.seek(0)
+            self.assertEqual(errors.read(), b"")
 
-    def explode(self, folder, pieces, error):
+    def explode(self, child, folder, pieces, error):
         path, total = os.path.join(folder, "bomb"), hashlib.sha256(b"A: b\r\n")
         with open(path, "wb") as file:
             for piece in pieces:
                 file.write(piece)
                 total.update(piece)
-        done = subprocess.run([sys.executable, "-W", "error", "-c", BOMB_CHILD, path, folder],
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=HERE, timeout=120)
-        self.assertEqual((done.returncode, done.stderr), (0, b""))
-        found = json.loads(done.stdout)
+        child.stdin.write(f"{path} {folder}\n".encode())
+        child.stdin.flush()
+        found = json.loads(child.stdout.readline() or b"{}")
+        self.assertTrue(found, "the process has died")
         with contextlib.closing(PatientStore(folder + "/mail.db", folder + "/media")) as store:
             source, again = store.raw(1), hashlib.sha256()
             for window in source.windows(0, source.size):
@@ -2892,44 +2905,44 @@ resource.setrlimit(resource.RLIMIT_CPU, (90, 90))
 def seconds():
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
-MB = 1 << 20
+SIZE = 1 << 18
 for name, function, text in [
-    ("words", p.decode_words, "=?utf-8?B?w6k=?= " * (MB // 17)),
-    ("words, open", p.decode_words, "=?utf-8?B?" * (MB // 10)),
-    ("words, apart", p.decode_words, "=?a?q?x?=  " * (MB // 11)),
-    ("parameters, spaces", p.parse_parameters, "a/b" + (";" + "x" * 80 + " " * 999) * (MB // 1080)),
-    ("parameters, quotes", p.parse_parameters, 'a/b;x="' + '\\"' * (MB // 2)),
-    ("html, <", p.html_text, "<" * MB), ("html, <>", p.html_text, "<>" * MB),
-    ("html, a", p.html_text, "<a href" + " href" * MB + ">"),
-    ("html, spaces", p.html_text, ("<a " + " " * 1000) * (MB // 1000)),
-    ("html, scripts", p.html_text, "<script>" * (MB // 8)),
-    ("codes, digits", p.find_codes, "code " + "1" * MB),
-    ("codes", p.find_codes, "code 1234\n" * 99999),
-    ("codes, capitals", p.find_codes, ("code " + "A" * 1900 + "\n") * 2000),
-    ("codes, dashes", p.find_codes, ("code " + "ABC-" * 480 + "\n") * 2000),
-    ("codes, words", p.find_codes, "verif" * (MB // 5)),
-    ("links", p.find_links, "https://" * (MB // 8)), ("links, h", p.find_links, "h" * MB),
-    ("links, )", p.find_links, "https://x" + ")" * MB),
-    ("name", p.safe_filename, "." * MB), ("name, é", p.safe_filename, "é" * MB),
-    ("address", lambda text: [p.parse_address(text + chr(97 + n % 26)) for n in range(1000)],
+    ("words", p.decode_words, "=?utf-8?B?w6k=?= " * (SIZE // 17)),
+    ("words, open", p.decode_words, "=?utf-8?B?" * (SIZE // 10)),
+    ("words, apart", p.decode_words, "=?a?q?x?=  " * (SIZE // 11)),
+    ("parameters, spaces", p.parse_parameters, "a/b" + (";" + "x" * 80 + " " * 3999) * 64),
+    ("parameters, quotes", p.parse_parameters, 'a/b;x="' + '\\"' * (SIZE // 2)),
+    ("html, <", p.html_text, "<" * SIZE), ("html, <>", p.html_text, "<>" * SIZE),
+    ("html, a", p.html_text, "<a href" + " href" * SIZE + ">"),
+    ("html, spaces", p.html_text, ("<a " + " " * 4000) * 64),
+    ("html, scripts", p.html_text, "<script>" * (SIZE // 8)),
+    ("codes, digits", p.find_codes, "code " + "1" * SIZE),
+    ("codes", p.find_codes, "code 1234\n" * 25000),
+    ("codes, capitals", p.find_codes, ("code " + "A" * 1900 + "\n") * 500),
+    ("codes, dashes", p.find_codes, ("code " + "ABC-" * 480 + "\n") * 500),
+    ("codes, words", p.find_codes, "verif" * (SIZE // 5)),
+    ("links", p.find_links, "https://" * (SIZE // 8)), ("links, h", p.find_links, "h" * SIZE),
+    ("links, )", p.find_links, "https://x" + ")" * SIZE),
+    ("name", p.safe_filename, "." * SIZE), ("name, é", p.safe_filename, "é" * SIZE),
+    ("address", lambda text: [p.parse_address(text + chr(97 + n % 26)) for n in range(250)],
      '"' + "\\a" * 490 + '"@'),
-    ("domain", lambda text: [p.normalize_domain(text) for _ in range(1000)], "é" * 250),
-    ("header", lambda text: p.header_length(text.encode()), "x" * 100 + " " * MB),
-    ("header, colons", lambda text: p.parse_fields(text.encode()), ":" * MB),
-    ("header, spaces", lambda text: p.parse_fields(text.encode()), ("x" + " " * 1000) * 1000),
-    ("subject", lambda text: p.read_subject(text.encode()), "subject" + "\t" * MB),
-    ("folds", lambda text: p.parse_fields(text.encode()), "A: b" + "\r\n c" * (MB // 4)),
+    ("domain", lambda text: [p.normalize_domain(text) for _ in range(250)], "é" * 250),
+    ("header", lambda text: p.header_length(text.encode()), "x" * 100 + " " * SIZE),
+    ("header, colons", lambda text: p.parse_fields(text.encode()), ":" * SIZE),
+    ("header, spaces", lambda text: p.parse_fields(text.encode()), ("x" + " " * 4000) * 64),
+    ("subject", lambda text: p.read_subject(text.encode()), "subject" + "\t" * SIZE),
+    ("folds", lambda text: p.parse_fields(text.encode()), "A: b" + "\r\n c" * (SIZE // 4)),
 ]:
     begun = seconds()
     try:
         function(text)
     except (ValueError, p.ParseError):
         pass
-    if seconds() - begun > 5:
+    if seconds() - begun > 2:       # one that is quadratic takes far longer
         print(name, round(seconds() - begun, 1))
 """
         done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, cwd=HERE, timeout=300)
+                              stderr=subprocess.STDOUT, cwd=compiled(), timeout=300)
         self.assertEqual((done.returncode, done.stdout.decode()), (0, ""))
 
 
@@ -2977,7 +2990,7 @@ class FuzzTests(StoreCase):
     def test_decoding_agrees_with_the_library(self):
         """What Python's own parser finds in sane messages is found here too."""
         for name, message, _ in layouts():
-            if "LF" in name or "twice" in name or "rubbish" in name or "uu" in name:
+            if re.search("LF|twice|rubbish|uu|3 MB", name):      # 3 MB take it a second
                 continue
             with self.subTest(name):
                 known = email.message_from_bytes(message, policy=email.policy.compat32)
@@ -3031,7 +3044,7 @@ class CrashTests(StoreCase):
         self.close()
         for number in range(8):
             child = subprocess.Popen([sys.executable, "-c", DIGEST_CHILD, self.db_path, self.media],
-                                     cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                                     cwd=compiled(), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             with child:
                 self.assertEqual(child.stdout.readline(), b"open\n")
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -3066,7 +3079,7 @@ class CrashTests(StoreCase):
         self.close()
         files = [name.replace(os.sep, "") for name in media_files(self.media)]
         done = subprocess.run(
-            [sys.executable, "-c", DELETE_CHILD, self.db_path, self.media, *files], cwd=HERE,
+            [sys.executable, "-c", DELETE_CHILD, self.db_path, self.media, *files], cwd=compiled(),
             timeout=DEADLINE * 2)
         self.assertEqual(done.returncode, -signal.SIGKILL)
         store = self.open()
@@ -3086,12 +3099,10 @@ class WALTests(unittest.TestCase):
             wire.ask("EHLO client.example")
 
             def deliver(count):
-                one = b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n"
-                for _ in range(count):
-                    wire.send(one)
-                    self.assertEqual([wire.reply()[:3] for _ in range(3)], ["250", "250", "354"])
-                    wire.send(large + b".\r\n")
-                    self.assertRegex(wire.reply(), "^250 2.0.0 ")
+                wire.send(b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nBDAT %d LAST\r\n%b"
+                          % (len(large), large) * count)
+                self.assertEqual([wire.reply()[:10] for _ in range(3 * count)],
+                                 ["250 2.1.0 ", "250 2.1.5 ", "250 2.0.0 "] * count)
 
             def size():
                 return os.path.getsize(path + "-wal")
@@ -3103,11 +3114,11 @@ class WALTests(unittest.TestCase):
                                  b"Host: localhost\r\n\r\n")
                     self.assertTrue(slow.recv(100).startswith(b"HTTP/1.1 200 "))
                     largest = 0
-                    for _ in range(16):
+                    for _ in range(8):
                         deliver(100)
                         largest = max(largest, size())
                         self.assertTrue(slow.recv(1000))
-                    self.assertLess(largest, 48 << 20)       # of the 96 MB that were written
+                    self.assertLess(largest, 24 << 20)       # of the 48 MB that were written
             with self.subTest("another program that holds a snapshot"):
                 self.assertNotIn("snapshot", server.text())
                 foreign = sqlite3.connect(path, isolation_level=None)
@@ -3348,7 +3359,6 @@ class FullDiskTests(DiskCase):
             for message in (self.small, self.large, self.small):
                 self.keep(wire, message)
             self.check(server)
-            self.assertEqual(server.stop(), 0)
             self.assertNotIn("Traceback", server.text())
 
     def fill(self, wire, message, pattern=r"^452 4\.3\.1 "):
@@ -3447,7 +3457,7 @@ class KillTests(unittest.TestCase):
                 try:
                     until(lambda: len(self.acked) > before, "a message kept")    # noqa: B023
                     with contextlib.suppress(subprocess.TimeoutExpired):
-                        server.process.wait(self.chosen.uniform(0, 0.5))
+                        server.process.wait(self.chosen.uniform(0, 0.1))
                     self.assertIsNone(server.process.poll(), server.text()[-2000:])
                 finally:
                     server.process.kill()
@@ -3700,12 +3710,16 @@ class LoopTest(unittest.TestCase):
         live = sum(timer[2] is not None for timer in loop.timers)
         kinds = (b"", b"NOOP\r\n", TRANSACTION, TRANSACTION + b"x" * 70000, WHOLE[0], WHOLE[1],
                  b"STARTTLS\r\n", b"STARTTLS\r\nNOOP\r\n", b"QUIT\r\n", b"FOO\r\n" * 10)
-        for turn in range(2000):
-            sock = socket.create_connection(("127.0.0.1", port), DEADLINE)
-            with contextlib.suppress(ConnectionError):
-                sock.sendall(kinds[turn % len(kinds)])
-            (reset if turn % 3 else socket.socket.close)(sock)
-        until(lambda: not loop.streams, "the end of all connections")
+        # A reset within wrap_socket() has Python drop the TLS socket that it had half made.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            for turn in range(2000):
+                sock = socket.create_connection(("127.0.0.1", port), DEADLINE)
+                with contextlib.suppress(ConnectionError):
+                    sock.sendall(kinds[turn % len(kinds)])
+                (reset if turn % 3 else socket.socket.close)(sock)
+            until(lambda: not loop.streams, "the end of all connections")
+            gc.collect()
         until(lambda: open_files("self") <= files, "the files of before")
         self.assertEqual(sum(timer[2] is not None for timer in list(loop.timers)), live)
         self.assertLess(len(loop.timers), 250)
@@ -3926,7 +3940,7 @@ class StallTest(unittest.TestCase):
 
                 def noop():
                     self.assertEqual(wire.ask("NOOP")[:9], "250 2.0.0")
-                figures = self.measure({"NOOP": noop, "GET /healthz": health}, 6)
+                figures = self.measure({"NOOP": noop, "GET /healthz": health}, 3)
                 load.stdin.close()
                 kept, sent = map(int, load.stdout.read().split())
                 self.assertEqual(load.wait(DEADLINE), 0)
@@ -3937,9 +3951,9 @@ class StallTest(unittest.TestCase):
             self.assertGreater(sent, 2000)
             for name, times in figures.items():
                 self.assertLess(times["99 %"], 1, (name, times))
-            self.assertEqual(server.stop(), 0)
+            self.assertNotIn("Traceback", server.text())
 
-    def measure(self, asks, seconds, every=0.05):
+    def measure(self, asks, seconds, every=0.025):
         """Ask at fixed moments; return how long answers took, counted from those moments.
 
         So an answer that comes late counts for each question that it held up.
@@ -4070,13 +4084,7 @@ class SMTPTest(TranscriptCase):
                             ("HELO client.example", "250 *")):
             with self.subTest(line):
                 self.play(f"""
-                    S: 220 *
-                    C: EHLO client.example
-                    S: 250-*
-                    C: MAIL FROM:<ann@client.example>
-                    S: 250 2.1.0 *
-                    C: RCPT TO:<bob@mail.example>
-                    S: 250 2.1.5 *
+                    B: RCPT
                     C: {line}
                     S: {reply}
                     C: RCPT TO:<bob@mail.example>
@@ -4089,15 +4097,7 @@ class SMTPTest(TranscriptCase):
 
     def test_several_messages(self):
         kept = self.play("""
-            S: 220 *
-            C: EHLO client.example
-            S: 250-*
-            C: MAIL FROM:<ann@client.example>
-            C: RCPT TO:<bob@mail.example>
-            C: DATA
-            S: 250 2.1.0 *
-            S: 250 2.1.5 *
-            S: 354 *
+            B: DATA
             C: one
             C: .
             S: 250 2.0.0 Kept as *
@@ -4144,15 +4144,7 @@ class SMTPTest(TranscriptCase):
     def test_dot_stuffing(self):
         """RFC 5321 4.5.2: one dot goes from the beginning of a line, and only there."""
         kept = self.play("""
-            S: 220 *
-            C: EHLO client.example
-            S: 250-*
-            C: MAIL FROM:<ann@client.example>
-            C: RCPT TO:<bob@mail.example>
-            C: DATA
-            S: 250 2.1.0 *
-            S: 250 2.1.5 *
-            S: 354 *
+            B: DATA
             C: ..
             C: ...
             C: .. .
@@ -4168,9 +4160,7 @@ class SMTPTest(TranscriptCase):
     def test_chunks(self):
         """RFC 3030: counted bytes, in which neither dots nor line ends mean anything."""
         kept = self.play(r"""
-            S: 220 *
-            C: EHLO client.example
-            S: 250-*
+            B: EHLO
             C: MAIL FROM:<ann@client.example>
             C: RCPT TO:<bob@mail.example>
             C: BDAT 12
@@ -4195,13 +4185,7 @@ class SMTPTest(TranscriptCase):
             with self.subTest(chunks):
                 replies = "\n".join(["S: 250 2.0.0 *"] * chunks.count("BDAT"))
                 kept = self.play(f"""
-                    S: 220 *
-                    C: EHLO client.example
-                    S: 250-*
-                    C: MAIL FROM:<ann@client.example>
-                    C: RCPT TO:<bob@mail.example>
-                    S: 250 2.1.0 *
-                    S: 250 2.1.5 *
+                    B: RCPT
                     {chunks}
                     {replies}
                     C: DATA
@@ -4212,9 +4196,7 @@ class SMTPTest(TranscriptCase):
     def test_order_of_chunks(self):
         """RFC 3030 2: BDAT needs a recipient; no DATA or RCPT may stand between chunks."""
         kept = self.play(r"""
-            S: 220 *
-            C: EHLO client.example
-            S: 250-*
+            B: EHLO
             C: BDAT 6
             c: NOOP\r\n
             S: 503 5.5.1 *
@@ -4259,9 +4241,7 @@ class SMTPTest(TranscriptCase):
 
     def test_reset_drops_chunks(self):
         kept = self.play(r"""
-            S: 220 *
-            C: EHLO client.example
-            S: 250-*
+            B: EHLO
             C: MAIL FROM:<ann@client.example>
             C: RCPT TO:<bob@mail.example>
             C: BDAT 5
@@ -4284,9 +4264,7 @@ class SMTPTest(TranscriptCase):
     def test_binary(self):
         """RFC 3030 3: BINARYMIME comes by BDAT only, and every byte stays as it is."""
         kept = self.play(r"""
-            S: 220 *
-            C: EHLO client.example
-            S: 250-*
+            B: EHLO
             C: MAIL FROM:<ann@client.example> BODY=BINARYMIME
             C: RCPT TO:<bob@mail.example>
             C: DATA
@@ -4810,12 +4788,6 @@ class TraceTest(unittest.TestCase):
                for back in (0, 1)]
         self.assertEqual(len(set(ids)), 2)
 
-    def test_peer(self):
-        for peer, expected in (("192.0.2.9", b"[192.0.2.9]"), ("::1", b"[IPv6:::1]"),
-                               ("2001:db8::7", b"[IPv6:2001:db8::7]")):
-            self.assertIn(b"from client.example (" + expected + b")\r\n",
-                          self.keep(HELLO, SENDER, RECIPIENT, peer=peer))
-
     def test_hostile_names(self):
         """Nothing a client says of itself ends a field, or forges a clause."""
         for name in ("a)(", "x; Mon, 1 Jan 2024", "é", "<script>", "a" * 1000, "[192.0.2.1]",
@@ -4829,10 +4801,6 @@ class TraceTest(unittest.TestCase):
                         r'RCPT TO:<"x;\"y"@mail.example>')
         self.assertTrue(raw.startswith(rb'Return-Path: <"a\>\"b> Received: x"@c.example>' b"\r\n"))
         self.assertEqual(raw.count(b"\r\nReceived: "), 1)
-
-    def test_null_sender(self):
-        self.assertTrue(self.keep(HELLO, "MAIL FROM:<>", RECIPIENT).startswith(
-            b"Return-Path: <>\r\nReceived: "))
 
     def test_given_trace_fields_stay(self):
         content = b"Return-Path: <old@x.example>\r\nReceived: old\r\n\r\n"
@@ -5431,9 +5399,7 @@ class StartTLSTest(TLSCase):
 
     def test_chunks_before_tls_are_no_commands(self):
         self.play(r"""
-            S: 220 *
-            C: EHLO client.example
-            S: 250-*
+            B: EHLO
             C: BDAT 6 LAST
             c: HELP\r\n
             S: 530 5.7.0 *
@@ -5522,7 +5488,7 @@ class StartTLSTest(TLSCase):
                 self.assertNotRegex(plain.recv(65536), rb"\d\d\d[ -]")
 
     def test_versions(self):
-        """TLS 1.2 and newer; nothing older."""
+        """TLS 1.2 and newer; that nothing older is taken CertificateTest asks."""
         for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
             context = client_context()
             context.minimum_version = context.maximum_version = version
@@ -5533,13 +5499,6 @@ class StartTLSTest(TLSCase):
                 ident = wire.deliver(make_message())
                 raw = self.raw(ident)
                 self.assertIn(f" with ESMTPS ({shown}".encode(), raw)
-        context = client_context()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
-        with self.server.connect() as wire, self.assertRaises((ssl.SSLError, ConnectionError)):
-            wire.ask("STARTTLS")
-            wire.socket = context.wrap_socket(wire.socket)
 
     def test_much_at_once_within_tls(self):
         """Many records at once, and more replies than a socket holds, lose nothing."""
@@ -5572,15 +5531,7 @@ class OptionalTLSTest(TLSCase):
 
     def test_without_tls(self):
         kept = self.play("""
-            S: 220 *
-            C: EHLO client.example
-            S: 250-*
-            C: MAIL FROM:<ann@client.example>
-            S: 250 2.1.0 *
-            C: RCPT TO:<bob@mail.example>
-            S: 250 2.1.5 *
-            C: DATA
-            S: 354 *
+            B: DATA
             C: open
             C: .
             S: 250 2.0.0 Kept as *
@@ -5737,6 +5688,16 @@ class ProxyTest(TranscriptCase):
                 self.assertEqual(wire.reply()[:10], "500 5.5.1 ")
                 ident = wire.deliver(make_message())
                 self.assertEqual(self.peer_of(self.raw(ident)), "127.0.0.2")
+
+    def test_client_behind_a_proxy_is_not_the_proxy(self):
+        """What a proxy may say, its clients may not."""
+        with self.server.connect(greeting=False) as wire:
+            wire.send("PROXY TCP4 192.0.2.7 192.0.2.1 4711 25\r\n")
+            self.assertEqual(wire.reply()[:3], "220")
+            self.assertNotIn("XCLIENT", wire.ask("EHLO client.example"))
+            self.assertRegex(wire.ask("XCLIENT ADDR=192.0.2.99"), "^550 5\\.7\\.0 ")
+            ident = wire.deliver(make_message())
+        self.assertEqual(self.peer_of(self.raw(ident)), "192.0.2.7")
 
     def test_lf_is_for_this_host(self):
         """Who comes through a proxy on this host is not on this host."""
@@ -5923,7 +5884,7 @@ class FuzzTest(unittest.TestCase):
         for options in ((), ("--bare_newline", "reject"), ("--max_size", "100000"),
                         ("--max_line", "1000", "--max_header", "2000")):
             with Offline("--max_errors", "1000", *options) as app:
-                for seed in range(12):
+                for seed in range(8):
                     source = random.Random(f"{options}{seed}")
                     data = odd_dialogue(source)
                     expected = self.outcome(app, in_cuts(data, 65536))   # as Stream feeds it
@@ -5973,7 +5934,7 @@ class FuzzTest(unittest.TestCase):
                     content = b"a: b\r\n\r\n" + b"\r" * length + end + b"\r\n"
                     data = TRANSACTION + content + b".\r\n"
                     source = random.Random(length)
-                    for pieces in ([data], in_cuts(data, 65536), random_cuts(source, data)):
+                    for pieces in (in_cuts(data, 65536), random_cuts(source, data)):
                         with self.subTest(length=length, end=end, pieces=len(pieces)):
                             if b"\r\n.\r\n" in content:
                                 continue
@@ -7237,6 +7198,23 @@ class BodyTest(APICase):
             "mail_id": ident, "codes": ["555777"], "links": ["https://example.com/v?a=1&b=2"]})
 
 
+class LongListTest(APICase):
+    """A list of much mail is sent message by message, and says the same."""
+
+    def test_large_messages(self):
+        large = make_message("large") + b"x" * 70 + (b"y" * 998 + b"\r\n") * 5000
+        self.deliver(large, make_message("small"), large.replace(b"y", b"z"))
+        whole = self.ask("/list")
+        self.assertEqual(whole["Transfer-Encoding"], "chunked")
+        self.assertEqual(whole.json, {"count": 3, "items": [
+            self.server.get(f"/list?after={ident}&count=1")["items"][0] for ident in range(3)]})
+        again = self.ask("/list", headers=[("If-None-Match", whole["ETag"])])
+        self.assertEqual(again.status, 304)
+        self.server.get("/set_read?mail_id=2&is_read=1")
+        again = self.ask("/list", headers=[("If-None-Match", whole["ETag"])])
+        self.assertEqual(again.status, 200)
+
+
 class UndigestedTest(APICase):
     """Who asks at once after the 250 is told what who asks later is told."""
 
@@ -7347,7 +7325,7 @@ class FormTest(APICase):
         self.assertFalse(os.path.exists(os.path.join(self.server.folder, "evil")))
 
     def test_mbox_comes_back_to_the_byte(self):
-        filler = "".join(f"{'>' * (n % 4)}From line {n}\r\n" for n in range(40000))
+        filler = "".join(f"{'>' * (n % 4)}From line {n}\r\n" for n in range(20000))
         messages = [
             make_message("one", "From here\r\n>From there\r\n>>From all\r\nfrom low\r\n"),
             make_message("blank lines", "a\r\n\r\n\r\n\r\n"),
@@ -7719,7 +7697,8 @@ class WaitTest(APICase):
             self.problem(wire.answer(), 404)
 
     def test_a_stop_answers_them(self):
-        with Running() as server, contextlib.ExitStack() as stack:
+        """So they do not use up the grace."""
+        with Running("--grace=600") as server, contextlib.ExitStack() as stack:
             wires = [stack.enter_context(HTTPWire(server)) for _ in range(5)]
             for wire in wires:
                 wire.send(http_request("/list?wait=60"))
@@ -7742,7 +7721,7 @@ class WaitTest(APICase):
                     subject = f"{name}.{number}"
                     wire.deliver(make_message(subject))
                     kept.append(subject)
-        for round_ in range(4):
+        for round_ in range(2):
             with Running(folder=folder) as server:
                 threads = [threading.Thread(target=send, args=(f"{round_}.{name}", server))
                            for name in range(30)]
@@ -8312,7 +8291,8 @@ class AuthRouteTest(APICase):
         with HTTPWire(self.server) as wire:
             wire.send("\r\n".join([f"GET /auth HTTP/{version}", *lines, "", ""]))
             answer = wire.answer()
-            self.assertEqual(answer.status, 200)        # any other is an internal error to nginx
+            # Any other is an internal error to nginx.
+            self.assertEqual((answer.status, answer.body), (200, b""))
             self.assertTrue(version == "1.1" or wire.is_closed())
         return answer
 
@@ -8340,7 +8320,7 @@ class AuthRouteTest(APICase):
                    "RCPT TO:<postmaster>", "RCPT TO:<Postmaster>",
                    'RCPT TO:<"a b"@good.example>', 'RCPT TO:<"a>b"@good.example>',
                    "RCPT TO:<bob+tag@good.example>", "RCPT TO:<bob%evil.example@good.example>",
-                   "RCPT TO:<@relay.example:bob@good.example>"):
+                   "RCPT TO:<@relay.example:bob@good.example>", "RCPT TO:bob@good.example"):
             for version in ("1.0", "1.1"):
                 with self.subTest(to=to, version=version):
                     self.let_in(self.auth(to, version))
@@ -8355,8 +8335,8 @@ class AuthRouteTest(APICase):
                 self.turned_away(self.auth(to), r"550 5\.7\.1")
         for to in ("RCPT TO:<bob@evil.example", "RCPT TO:<>", "RCPT TO:<a b@good.example>",
                    "RCPT TO:<bob@good.example@evil.example>", "RCPT TO:<@good.example>",
-                   "RCPT TO:<bob@>", "RCPT TO:<bob@good..example>", "\xff\xfe",
-                   "RCPT TO:<" + "a" * 2000 + "@good.example>"):
+                   "RCPT TO:<bob@>", "RCPT TO:<bob@good..example>", "RCPT TO:<b@evil\t>",
+                   "\xff\xfe", "RCPT TO:<" + "a" * 2000 + "@good.example>"):
             with self.subTest(to=to[:40]):
                 self.turned_away(self.auth(to), r"5[05]\d 5\.\d\.\d")
 
@@ -8741,7 +8721,6 @@ class CurlTest(APICase):
         status, text = results[0]
         self.assertEqual((status, text.split("\t")[0], text.split("\t")[7]),
                          (0, str(new), "for curl\n"))
-        self.assertEqual(self.run_curl("-f", f"{self.base}/latest?wait=1&after={new}")[0], 22)
 
     def test_changes(self):
         ident, = self.deliver(make_message())
@@ -9050,19 +9029,6 @@ class StopTest(FolderCase):
             self.assertEqual(server.stop(signal.SIGTERM), 0)
             self.assertNotIn(b"250", wire.rest())
 
-    def test_waiting_request_is_answered(self):
-        """A long poll does not use up the grace: it is answered with what there is."""
-        with Running("--grace=600") as server:
-            with contextlib.closing(http.client.HTTPConnection(
-                    "127.0.0.1", server.api_port, timeout=DEADLINE)) as client:
-                client.request("GET", "/list?wait=60")
-                until(lambda: b"pegmail_http_waiting 1" in server.request("/metrics")[2])
-                server.process.send_signal(signal.SIGTERM)
-                response = client.getresponse()
-                self.assertEqual((response.status, json.loads(response.read())),
-                                 (200, {"items": [], "count": 0}))
-            self.assertEqual(server.stop(0), 0)
-
     def test_message_being_committed_is_kept_once(self):
         """A stop while the writer waits: one 250, one message, then 421."""
         with Running("--grace=600") as server:
@@ -9244,39 +9210,16 @@ class CertificateTest(FolderCase):
         server.process.send_signal(signal.SIGHUP)
         until(lambda: server.text().count(text) > before, f"{text!r} in the log")
 
-    def test_real_clients(self):
-        """A self-signed certificate made by openssl, checked by smtplib and openssl."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.load_verify_locations(self.path("old.pem"))
+    def test_openssl(self):
+        """A self-signed certificate, made and checked by openssl."""
         with self.start() as server:
             self.assertIn(f"smtp://127.0.0.1:{server.smtp_port} with STARTTLS", server.text())
-            with server.connect() as wire:
-                wire.ask("EHLO x")
-                self.assertEqual(wire.ask("MAIL FROM:<a@example.com>"),
-                                 "530 5.7.0 Must issue a STARTTLS command first")
-            with smtplib.SMTP(timeout=DEADLINE, local_hostname="client.example") as client:
-                client._host = "mx.example.com"            # the name that the certificate has
-                client.connect("127.0.0.1", server.smtp_port)
-                client._host = "mx.example.com"
-                self.assertEqual(client.starttls(context=context)[0], 220)
-                cipher, version, bits = client.sock.cipher()
-                self.assertEqual(client.sendmail("a@example.com", ["b@example.com"], ODD), {})
-                version = client.sock.version()
-            trace, message = read_stored(server, 1)
-            self.assertEqual(message, ODD)
-            self.assertIn(f"with ESMTPS ({version} cipher {cipher} bits {bits})", trace)
             status, out = server.run_tool(
                 need("openssl"), "s_client", "-starttls", "smtp", "-connect",
                 f"127.0.0.1:{server.smtp_port}", "-CAfile", self.path("old.pem"), "-brief",
                 "-verify_return_error", "-crlf", "-ign_eof", input=b"QUIT\r\n")
             self.assertEqual(status, 0, out)
             self.assertIn("221 2.0.0 mx.example.com closing", out)
-            self.assertEqual(server.stop(), 0)
-
-    def test_optional(self):
-        with self.start("--starttls=optional") as server:
-            server.send()
-            self.assertEqual(self.offered(server), self.old)
             self.assertEqual(server.stop(), 0)
 
     def test_old_tls_is_refused(self):
@@ -9495,6 +9438,10 @@ class NginxMailTest(NginxCase):
         with self.pair("--server_host", "example.com", "b\u00fccher.example") as (server, nginx):
             for message in (make_message(), ODD, LARGE):
                 with nginx.connect() as wire:
+                    # What comes behind RCPT is passed on, and is not nginx's own.
+                    wire.deliver(make_message())
+                    self.assertRegex(wire.ask("XCLIENT ADDR=192.0.2.99"), "^550 5\\.7\\.0 ")
+                    self.assertNotIn("XCLIENT", wire.ask("EHLO again.example"))
                     ident = wire.deliver(message)
                     self.assertEqual(wire.ask("QUIT")[:3], "221")
                 trace, stored = read_stored(server, ident)
@@ -9511,21 +9458,16 @@ class NginxMailTest(NginxCase):
                                  "550 5.7.1 Mail for this domain is not taken here")
                 self.assertEqual(wire.ask("DATA")[:3], "354")
                 wire.send(make_message() + b".\r\n")
-                self.assertEqual(wire.reply(), "250 2.0.0 Kept as 4")
-            self.assertEqual(server.get("/mail?mail_id=4")["mail_to"],
+                self.assertEqual(wire.reply(), "250 2.0.0 Kept as 7")
+            self.assertEqual(server.get("/mail?mail_id=7")["mail_to"],
                              ["x@xn--bcher-kva.example", "x@EXAMPLE.com"])
-            self.assertIn("from old.example ([127.0.0.6])", read_stored(server, 4)[0])
-
-    def test_refused_recipient(self):
-        with self.pair("--server_host", "example.com") as (server, nginx):
-            with nginx.connect() as wire:
+            self.assertIn("from old.example ([127.0.0.6])", read_stored(server, 7)[0])
+            with nginx.connect() as wire:           # nginx refuses it itself, after 3 s (Auth-Wait)
                 wire.ask("EHLO client.example")
                 self.assertEqual(wire.ask("MAIL FROM:<a@example.org>")[:3], "250")
                 self.assertEqual(wire.ask("RCPT TO:<b@example.org>"),
                                  "550 5.7.1 Mail for this domain is not taken here")
-            with nginx.connect() as wire:
-                wire.deliver(make_message())
-            self.assertEqual(server.get("/count"), {"count": 1})
+            self.assertEqual(server.get("/count"), {"count": 7})
 
     def test_what_nginx_promises_holds(self):
         """Pipelined commands, 8BITMIME and SIZE, as its EHLO offers them."""
@@ -9546,15 +9488,6 @@ class NginxMailTest(NginxCase):
                 self.assertEqual(wire.reply(), "250 2.0.0 Kept as 2")
                 self.assertEqual(wire.reply()[:3], "221")
             self.assertEqual([read_stored(server, n)[1] for n in (1, 2)], [LARGE, ODD])
-
-    def test_client_cannot_name_another(self):
-        """nginx passes everything on behind RCPT: XCLIENT from there is not nginx's own."""
-        with self.pair() as (server, nginx), nginx.connect() as wire:
-            wire.deliver(make_message())
-            self.assertRegex(wire.ask("XCLIENT ADDR=192.0.2.99"), "^550 5\\.7\\.0 ")
-            self.assertNotIn("XCLIENT", wire.ask("EHLO again.example"))
-            ident = wire.deliver(make_message())
-            self.assertIn("([127.0.0.5])", read_stored(server, ident)[0])
 
     def test_token_and_names_are_quoted(self):
         """What nginx asks, seen by a listener in pegmail's place."""
@@ -9636,51 +9569,6 @@ class NginxMailTest(NginxCase):
             self.assertEqual(headers["Auth-Port"], str(number))
 
 
-class AuthTest(ServerCase):
-    """/auth lets in only recipients of --server_host (ngx_mail_auth_http_module)."""
-
-    options = ("--server_host", "example.com", "b\u00fccher.example", "[192.0.2.1]")
-
-    def ask(self, recipient, **more):
-        """Return the answer to nginx's question as a message of header fields."""
-        headers = {"Auth-Method": "none", "Auth-User": "", "Auth-Pass": "",
-                   "Auth-Protocol": "smtp", "Auth-Login-Attempt": "1", "Client-IP": "192.0.2.9",
-                   "Client-Host": "[UNAVAILABLE]", "Auth-SMTP-Helo": "client.example",
-                   "Auth-SMTP-From": "MAIL FROM:<a@example.com>", "Auth-SMTP-To": recipient}
-        headers.update({name.replace("_", "-"): value for name, value in more.items()})
-        status, answer, body = self.server.request("/auth", headers=headers)
-        self.assertEqual((status, body), (200, b""))
-        return answer
-
-    def test_recipients(self):
-        for recipient in ("RCPT TO:<b@example.com>", "rcpt to: <b@EXAMPLE.COM>",
-                          "RCPT TO:<b@example.com> NOTIFY=NEVER", "RCPT TO:b@example.com",
-                          "RCPT TO:<b@xn--bcher-kva.example>", "RCPT TO:<postmaster>",
-                          "RCPT TO:<b@[192.0.2.1]>", "RCPT TO:<\"a b\"@example.com>"):
-            with self.subTest(recipient):
-                answer = self.ask(recipient)
-                self.assertEqual((answer["Auth-Status"], answer["Auth-Server"],
-                                  answer["Auth-Port"], answer["Auth-Error-Code"]),
-                                 ("OK", "127.0.0.1", str(self.server.smtp_port), None))
-        for recipient in ("RCPT TO:<b@example.org>", "RCPT TO:<b@sub.example.com>",
-                          "RCPT TO:<b@example.com.evil>", "RCPT TO:<b@example.com@evil.example>",
-                          "RCPT TO:<b@[192.0.2.2]>", "RCPT TO:<b>", "RCPT TO:<b@evil\t>",
-                          "RCPT TO:<\"b@example.com\"@evil.example>"):
-            with self.subTest(recipient):
-                answer = self.ask(recipient)
-                self.assertNotEqual(answer["Auth-Status"], "OK")
-                self.assertIsNone(answer["Auth-Server"])
-                self.assertRegex(answer["Auth-Error-Code"], r"^55[03] 5\.\d+\.\d+$")
-                self.assertRegex(answer["Auth-Wait"], r"^\d+$")
-
-    def test_other_questions(self):
-        for more in ({"Auth_Protocol": "imap"}, {"Auth_Protocol": "pop3"},
-                     {"Auth_Method": "plain", "Auth_User": "b", "Auth_Pass": "c"}):
-            with self.subTest(more):
-                self.assertNotEqual(self.ask("RCPT TO:<b@example.com>", **more)["Auth-Status"],
-                                    "OK")
-
-
 class NginxStreamTest(NginxCase):
     """Passthrough: pegmail has the certificate, a PROXY header names the client."""
 
@@ -9697,7 +9585,10 @@ class NginxStreamTest(NginxCase):
                     self.assertEqual(wire.greeting, "220 mx.example.com ESMTP pegmail")
                     wire.ask("EHLO client.example")
                     self.assertEqual(wire.ask("MAIL FROM:<a@example.com>")[:9], "530 5.7.0")
+                    self.assertRegex(wire.ask("XCLIENT ADDR=192.0.2.99"), "^550 5\\.7\\.0 ")
                     self.assertEqual(start_tls(wire), self.cert)     # end to end
+                    self.assertRegex(wire.ask("XCLIENT ADDR=192.0.2.99"), "^550 5\\.7\\.0 ")
+                    self.assertNotIn("XCLIENT", wire.ask("EHLO client.example"))
                     ident = wire.deliver(message)
                     cipher, _, bits = wire.socket.cipher()
                     version = wire.socket.version()
@@ -9709,44 +9600,6 @@ class NginxStreamTest(NginxCase):
                 self.assertEqual(stored, message)
                 self.assertIn(f"from client.example ([{source}])\r\n", trace)
                 self.assertIn(f"with ESMTPS ({version} cipher {cipher} bits {bits})", trace)
-
-    def test_client_cannot_name_another(self):
-        """The trust in a proxy ends where its client begins to speak."""
-        with self.pair(*self.options) as (server, nginx), nginx.connect() as wire:
-            self.assertNotIn("XCLIENT", wire.ask("EHLO client.example"))
-            self.assertRegex(wire.ask("XCLIENT ADDR=192.0.2.99"), "^550 5\\.7\\.0 ")
-            start_tls(wire)
-            self.assertNotIn("XCLIENT", wire.ask("EHLO client.example"))
-            self.assertRegex(wire.ask("XCLIENT ADDR=192.0.2.99"), "^550 5\\.7\\.0 ")
-            ident = wire.deliver(make_message())
-            self.assertIn("([127.0.0.5])", read_stored(server, ident)[0])
-
-
-class ProxyTrustTest(ServerCase):
-    """What a proxy may say, its clients may not; and they are not this host."""
-
-    options = ("--trusted_proxy=127.0.0.1", "--proxy_protocol")
-
-    def test_client_behind_a_proxy_is_not_the_proxy(self):
-        with self.server.connect(greeting=False) as wire:
-            wire.send("PROXY TCP4 192.0.2.7 192.0.2.1 4711 25\r\n")
-            self.assertEqual(wire.reply()[:3], "220")
-            self.assertNotIn("XCLIENT", wire.ask("EHLO client.example"))
-            self.assertRegex(wire.ask("XCLIENT ADDR=192.0.2.99"), "^550 5\\.7\\.0 ")
-            ident = wire.deliver(make_message())
-        self.assertIn("([192.0.2.7])", read_stored(self.server, ident)[0])
-
-    def test_bare_newlines_are_for_this_host_only(self):
-        with self.server.connect(greeting=False) as wire:
-            wire.send("PROXY TCP4 192.0.2.7 192.0.2.1 4711 25\r\n")
-            self.assertEqual(wire.reply()[:3], "220")
-            wire.send("HELO client.example\n")
-            self.assertEqual(wire.reply(), "500 5.5.2 Lines must end with CRLF")
-
-    def test_without_a_header(self):
-        with self.server.connect(greeting=False) as wire:
-            wire.send("EHLO client.example\r\nNOOP\r\n")
-            self.assertRegex(wire.rest(), rb"\A421 4\.3\.\d [^\r\n]*\r\n\Z")
 
 
 # -- The shape of the repository --
