@@ -206,12 +206,14 @@ class Running:
 
 
 class Wire:
-    """A client that speaks in bytes and reads whole replies."""
+    """A client that speaks in bytes and reads whole replies; `source` is its own address."""
 
-    def __init__(self, address, greeting=True):
+    def __init__(self, address, greeting=True, source=None):
         family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
         self.socket = socket.socket(family)
         self.socket.settimeout(DEADLINE)
+        if source:
+            self.socket.bind((source, 0))
         self.socket.connect(address)
         self.buffer = b""
         if greeting:
@@ -518,7 +520,7 @@ class TranscriptCase(ServerCase):
         for way in (self.play_whole, self.play_bytes, self.play_socket):
             with self.subTest(way.__name__):
                 kept.append(way(steps))
-        self.assertEqual(kept, kept[:1] * 3)
+        self.assertTrue(kept == kept[:1] * 3, "kept differently")
         return kept[0] if kept else None
 
     def play_whole(self, steps):
@@ -1558,7 +1560,7 @@ class ServerChoiceTests(unittest.TestCase):
             self.assertAlmostEqual(count / len(self.addresses), 1 / 5, delta=0.04, msg=host)
 
     def test_order_and_case_make_no_difference(self):
-        self.assertEqual(self.choose(self.hosts), self.choose(self.hosts[::-1]))
+        self.assertTrue(self.choose(self.hosts) == self.choose(self.hosts[::-1]), "order matters")
         for address in self.addresses[:100]:
             self.assertEqual(pegmail.choose_server(self.hosts, address),
                              pegmail.choose_server(self.hosts, address.upper()))
@@ -1809,8 +1811,8 @@ class StructureTests(unittest.TestCase):
                 filler = "x" * (pegmail.WINDOW + shift)
                 data = mixed("--b", "", filler, "--b", "", "two", "--b--")
                 root = pegmail.read_structure(pegmail.Source.of(data))
-                self.assertEqual([data[part.start:part.end] for part in leaves(root)],
-                                 [filler.encode(), b"two"])
+                self.assertTrue([data[part.start:part.end] for part in leaves(root)]
+                                == [filler.encode(), b"two"], "the parts are others")
 
     def test_bounds(self):
         def nested(depth):
@@ -3512,10 +3514,10 @@ def open_files(pid):
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
-def resident(pid):
-    """Return the resident memory of a process in bytes."""
-    with open(f"/proc/{pid}/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+def memory(server, name="VmRSS"):
+    """Return the resident memory of a server in bytes; VmHWM is the most it has been."""
+    with open(f"/proc/{server.process.pid}/status") as file:
+        return int(re.search(name + r":\s+(\d+) kB", file.read()).group(1)) << 10
 
 
 def reset(sock):
@@ -3524,10 +3526,16 @@ def reset(sock):
     sock.close()
 
 
-def figure(server, name):
-    """Return a figure of /metrics."""
-    text = server.request("/metrics")[2].decode()
-    return float(re.search(rf"(?m)^pegmail_{re.escape(name)} (\S+)$", text).group(1))
+def read_metrics(server):
+    """Return the figures of /metrics as {name and labels: value}."""
+    lines = server.request("/metrics")[2].decode().splitlines()
+    return {name: float(value) for name, _, value in
+            (line.rpartition(" ") for line in lines if not line.startswith("#"))}
+
+
+def connections(server, port="smtp"):
+    """Return the number of connections that a server has open."""
+    return read_metrics(server)['pegmail_connections{port="%s"}' % port]
 
 
 WHOLE = (TRANSACTION.replace(b"EHLO", b"HELO") + b"Subject: x\r\n\r\n..\r\n.\r\n",
@@ -3539,10 +3547,6 @@ class ReactorTest(ServerCase):
     """Peers that are slow, rude or gone cost nobody else anything."""
 
     options = ("--max_size", "1000000", "--max_connections_per_peer", "5000")
-
-    def connections(self):
-        """Return the number of open SMTP connections."""
-        return figure(self.server, 'connections{port="smtp"}')
 
     def test_a_session_in_one_segment(self):
         with self.server.connect(greeting=False) as wire:
@@ -3584,7 +3588,7 @@ class ReactorTest(ServerCase):
                     sock = socket.create_connection(("127.0.0.1", self.server.smtp_port), DEADLINE)
                     sock.sendall(data[:length])
                     leave(sock)
-        until(lambda: self.connections() == 0, "the end of all connections")
+        until(lambda: connections(self.server) == 0, "the end of all connections")
         self.assertEqual(self.server.get("/count")["count"], before)
 
     def test_gone_in_a_large_message(self):
@@ -3600,7 +3604,7 @@ class ReactorTest(ServerCase):
                     for wire in wires:
                         leave(wire.socket)
                 until(lambda: not os.listdir(folder), "their end")
-        until(lambda: self.connections() == 0, "the end of all connections")
+        until(lambda: connections(self.server) == 0, "the end of all connections")
 
     def test_half_closed(self):
         """Who ends its side hears the answers to what it said; a message cut off is not kept."""
@@ -3626,7 +3630,7 @@ class ReactorTest(ServerCase):
                            (TRANSACTION, b"\r\n"), (TRANSACTION, b"Received: x\r\n"),
                            (TRANSACTION, b"\n.\n"), (begin + b"BDAT 999999999999 LAST\r\n", b"x")):
             with self.subTest(data=data[-10:], unit=unit), self.server.connect() as wire:
-                before = resident(self.server.process.pid)
+                before = memory(self.server)
                 wire.send(data)
                 block, sent = unit * (65536 // len(unit)), 0
                 while not select.select([wire.socket], [], [], 0)[0] or not self.has_ended(wire):
@@ -3635,7 +3639,7 @@ class ReactorTest(ServerCase):
                         wire.socket.sendall(block)
                     sent += len(block)
                 self.assertRegex(wire.buffer, rb"(\A|\r\n)421 4\.[357]\.\d [^\r]*\r\n\Z")
-                self.assertLess(resident(self.server.process.pid) - before, 16 << 20)
+                self.assertLess(memory(self.server) - before, 16 << 20)
 
     def has_ended(self, wire):
         """Read what has come; is a 421 among it?"""
@@ -3656,7 +3660,7 @@ class ReactorTest(ServerCase):
             ident = self.server.send(make_message("among others"))
             self.assertEqual(self.server.get(f"/mail?mail_id={ident}")["mail_subject"],
                              "among others")
-        until(lambda: self.connections() == 0, "the end of all connections")
+        until(lambda: connections(self.server) == 0, "the end of all connections")
 
     def test_come_and_go(self):
         """2,000 connections later, files, threads and memory are as before."""
@@ -3670,14 +3674,14 @@ class ReactorTest(ServerCase):
                 with contextlib.suppress(ConnectionError):
                     sock.sendall(kinds[turn % len(kinds)])
                 (reset if turn % 3 else socket.socket.close)(sock)
-            until(lambda: self.connections() == 0, "the end of all connections")
+            until(lambda: connections(self.server) == 0, "the end of all connections")
         come_and_go(300)
         files, threads = open_files(pid), len(os.listdir(f"/proc/{pid}/task"))
-        memory = resident(pid)
+        before = memory(self.server)
         come_and_go(2000)
         until(lambda: open_files(pid) <= files, "the files of before")
         self.assertEqual(len(os.listdir(f"/proc/{pid}/task")), threads)
-        self.assertLess(resident(pid) - memory, 12 << 20)
+        self.assertLess(memory(self.server) - before, 12 << 20)
 
 
 class LoopTest(unittest.TestCase):
@@ -3946,7 +3950,7 @@ class StallTest(unittest.TestCase):
                 self.assertEqual(load.wait(DEADLINE), 0)
             if os.environ.get("PEGMAIL_TEST_FIGURES"):
                 print(f"\n20 MB messages kept: {kept}, slow bytes: {sent}, resident: "
-                      f"{resident(server.process.pid) >> 20} MB", figures)
+                      f"{memory(server) >> 20} MB", figures)
             self.assertGreater(kept, 0)
             self.assertGreater(sent, 2000)
             for name, times in figures.items():
@@ -4909,14 +4913,6 @@ class OddMailTest(TranscriptCase):
 
 # -- Limits --
 
-class SourceWire(Wire):
-    """A connection from an address of our choice on the loopback network."""
-
-    def __init__(self, port, source):
-        self.socket = socket.create_connection(("127.0.0.1", port), DEADLINE, (source, 0))
-        self.buffer = b""
-
-
 def in_cuts(data, size):
     """Return data in pieces of a size."""
     return [data[place:place + size] for place in range(0, len(data), size)]
@@ -5092,7 +5088,7 @@ class StoreTroubleTest(unittest.TestCase):
                                 os.makedirs(folder)
                             self.assertEqual([line[:9] for line in said.split(b"\r\n")[-3:-1]],
                                              [status, b"250 2.0.0"])
-            self.assertEqual(app.all_raw(), [content] * 4)
+            self.assertTrue(app.all_raw() == [content] * 4, "not kept as sent")
             self.assertEqual(os.listdir(folder), [])
 
     def test_no_database(self):
@@ -5125,8 +5121,8 @@ class ConnectionLimitTest(unittest.TestCase):
         with Running("--max_connections", "3", "--max_connections_per_peer", "2") as server:
             with contextlib.ExitStack() as stack:
                 def come(source):
-                    wire = stack.enter_context(SourceWire(server.smtp_port, source))
-                    return wire, wire.reply()
+                    wire = stack.enter_context(server.connect(source=source))
+                    return wire, wire.greeting
                 first, greeting = come("127.0.0.1")
                 self.assertEqual(greeting[:4], "220 ")
                 self.assertEqual(come("127.0.0.1")[1][:4], "220 ")
@@ -5142,8 +5138,8 @@ class ConnectionLimitTest(unittest.TestCase):
                 first.socket.close()
 
                 def again():
-                    with SourceWire(server.smtp_port, "127.0.0.1") as wire:
-                        return wire.reply().startswith("220 ")
+                    with server.connect() as wire:
+                        return wire.greeting.startswith("220 ")
                 until(again, "room for another")
                 self.assertEqual(server.get("/count"), {"count": 0})
             self.assertEqual(server.stop(), 0)
@@ -5238,8 +5234,10 @@ class SmugglingTest(TranscriptCase):
         self.assertEqual(self.server.get(f"/filter_count?after={before}"),
                          {"count": len(contents)})
         self.assertEqual(self.server.get("/filter_count?filter_mail_from=forged"), {"count": 0})
-        self.assertEqual([content_of(raw) for raw in self.raw_since(before)],
-                         [kept_form(content + b"\r\n") for content in contents])
+        kept = self.raw_since(before)
+        self.assertEqual(len(kept), len(contents))
+        for raw, content in zip(kept, contents):
+            self.assertEqual(content_of(raw), kept_form(content + b"\r\n"))
 
     def test_reject(self):
         """--bare_newline reject: 554 5.6.0 for a bare LF, and nothing of it is kept."""
@@ -5414,11 +5412,6 @@ class StartTLSTest(TLSCase):
         self.assertNotIn("STARTTLS", dialogue.ask(HELLO))
         dialogue.end()
 
-    def secure(self, wire):
-        """Begin TLS on a connection."""
-        self.assertEqual(wire.ask("STARTTLS")[:10], "220 2.0.0 ")
-        wire.socket = client_context().wrap_socket(wire.socket)
-
     def test_injection(self):
         """What comes in clear text in the same segment is never answered (CVE-2011-0411)."""
         for hello in ("", HELLO + "\r\n"):
@@ -5473,13 +5466,13 @@ class StartTLSTest(TLSCase):
                     wire.socket.shutdown(socket.SHUT_WR)
                 self.assertNotRegex(wire.rest(), rb"\d\d\d[ -]")
         with self.server.connect() as wire:
-            self.secure(wire)
+            start_tls(wire)
             self.assertEqual(wire.ask(HELLO)[:4], "250-")
 
     def test_garbage_within_tls(self):
         """A broken record ends the connection; what was said before is answered."""
         with self.server.connect() as wire:
-            self.secure(wire)
+            start_tls(wire)
             self.assertEqual(wire.ask("NOOP")[:9], "250 2.0.0")
             plain = socket.socket(fileno=os.dup(wire.socket.fileno()))
             with plain:
@@ -5503,19 +5496,19 @@ class StartTLSTest(TLSCase):
     def test_much_at_once_within_tls(self):
         """Many records at once, and more replies than a socket holds, lose nothing."""
         with self.server.connect() as wire:
-            self.secure(wire)
+            start_tls(wire)
             body = b"Subject: big\r\n\r\n" + b"".join(b"%d\r\n" % line for line in range(400000))
             wire.send(TRANSACTION + body + b".\r\n" + b"NOOP\r\n" * 5000 + b"QUIT\r\n")
             said = wire.rest().split(b"\r\n")
-            self.assertEqual([line[:9] for line in said[-5002:]],
-                             [b"250 2.0.0"] * 5000 + [b"221 2.0.0", b""])
+            self.assertEqual({line[:9] for line in said[-5002:-2]}, {b"250 2.0.0"})
+            self.assertEqual([line[:9] for line in said[-2:]], [b"221 2.0.0", b""])
             ident = int(said[-5003].split()[-1])
             self.assertEqual(content_of(self.raw(ident)), body)
 
     def test_half_closed_within_tls(self):
         """A client that ends its side hears the answers all the same."""
         with self.server.connect() as wire:
-            self.secure(wire)
+            start_tls(wire)
             wire.send(TRANSACTION + b"half\r\n.\r\n")
             wire.socket.settimeout(DEADLINE)
             with socket.socket(fileno=os.dup(wire.socket.fileno())) as plain:
@@ -5682,8 +5675,8 @@ class ProxyTest(TranscriptCase):
     def test_from_others(self):
         """Who is not trusted is greeted as anybody; a header is no command."""
         for header, _ in PROXY_HEADERS[:2]:
-            with SourceWire(self.server.smtp_port, "127.0.0.2") as wire:
-                self.assertEqual(wire.reply()[:4], "220 ")
+            with self.server.connect(source="127.0.0.2") as wire:
+                self.assertEqual(wire.greeting[:4], "220 ")
                 wire.send(header)
                 self.assertEqual(wire.reply()[:10], "500 5.5.1 ")
                 ident = wire.deliver(make_message())
@@ -5804,8 +5797,7 @@ class XclientTest(TranscriptCase):
                 self.assertEqual(dialogue.ask("XCLIENT ADDR=192.0.2.7")[:6], status)
                 self.assertEqual(dialogue.session.peer, "192.0.2.7" if shown else peer)
                 dialogue.end()
-        with SourceWire(self.server.smtp_port, "127.0.0.2") as wire:
-            wire.reply()
+        with self.server.connect(source="127.0.0.2") as wire:
             self.assertNotIn("XCLIENT", wire.ask(HELLO))
             self.assertEqual(wire.ask("XCLIENT ADDR=127.0.0.1")[:10], "550 5.7.0 ")
 
@@ -6370,13 +6362,6 @@ def count_threads(server):
     return len(os.listdir(f"/proc/{server.process.pid}/task"))
 
 
-def read_metrics(server):
-    """Return the figures as {name and labels: value}."""
-    lines = server.request("/metrics")[2].decode().splitlines()
-    return {name: float(value) for name, _, value in
-            (line.rpartition(" ") for line in lines if not line.startswith("#"))}
-
-
 def wait_until_digested(server):
     """Wait until the background work is done."""
     until(lambda: not any(read_metrics(server)["pegmail_" + name]
@@ -6923,9 +6908,11 @@ class BodyTest(APICase):
         item = self.server.get(f"/mail?mail_id={ident}")
         self.assertLessEqual(FULL_KEYS, set(item))
         self.assertTrue(self.ask(f"/raw?mail_id={ident}").body.endswith(b"\r\n" + message))
-        self.assertEqual(self.server.get(f"/list?count=1&after={ident - 1}")["items"], [item])
+        listed, = self.server.get(f"/list?count=1&after={ident - 1}")["items"]
         wait_until_digested(self.server)
-        self.assertEqual(self.server.get(f"/mail?mail_id={ident}"), item)
+        # Without the difference, which takes minutes to find in large texts; so elsewhere below.
+        self.assertTrue(listed == item, "/list differs from /mail")
+        self.assertTrue(self.server.get(f"/mail?mail_id={ident}") == item, "it differs later")
         return item
 
     def test_trees(self):
@@ -7250,7 +7237,8 @@ class UndigestedTest(APICase):
             for path, before in early:
                 with self.subTest(path=path, lag=lag):
                     later = wire.ask(path)
-                    self.assertEqual((before.status, before.body), (later.status, later.body))
+                    self.assertEqual(before.status, later.status)
+                    self.assertEqual(before.body, later.body)
                     self.assertEqual(before["ETag"], later["ETag"])
         self.assertEqual(early[0][1].status, 200)
         self.assertEqual(early[1][1].json["items"][0]["attachment_count"], 1)
@@ -7400,7 +7388,8 @@ class MediaTest(APICase):
 
     def test_whole(self):
         answer = self.ask(self.path)
-        self.assertEqual((answer.status, answer.body), (200, self.DATA))
+        self.assertEqual(answer.status, 200)
+        self.assertEqual(answer.body, self.DATA)
         wanted = {"Content-Type": "application/pdf", "Content-Length": str(len(self.DATA)),
                   "Accept-Ranges": "bytes", "X-Content-Type-Options": "nosniff",
                   "ETag": f'"{media_name(self.DATA)}"'}
@@ -7647,11 +7636,17 @@ class WaitTest(APICase):
             self.assertGreaterEqual(time.monotonic() - began, 1.9)
             self.assertEqual(wires[0].ask("/count").status, 200)      # and it goes on
 
+    def wake_the_pool(self, stack):
+        """Have every thread of the pool come to life, each with its connection to the database."""
+        wires = [stack.enter_context(HTTPWire(self.server)) for _ in range(20)]
+        for wire in wires:
+            wire.send(http_request("/list"))
+        for wire in wires:
+            wire.answer()
+
     def test_300_hold_no_thread_and_hold_up_nobody(self):
         with contextlib.ExitStack() as stack:
-            for _ in range(20):             # every thread of the pool has come to life
-                stack.enter_context(HTTPWire(self.server)).send(http_request("/list"))
-            self.server.get("/count")
+            self.wake_the_pool(stack)
             threads = until(lambda: self.server.get("/count") and count_threads(self.server))
             paths = [f"{self.PATHS[n % len(self.PATHS)]}?wait=60&after={self.last}"
                      for n in range(300)]
@@ -7666,17 +7661,18 @@ class WaitTest(APICase):
             self.assertLessEqual(count_threads(self.server), threads)
 
     def test_who_goes_away_leaves_nothing(self):
-        def open_files():
-            return len(os.listdir(f"/proc/{self.server.process.pid}/fd"))
-        files = open_files()
+        pid = self.server.process.pid
+        with contextlib.ExitStack() as stack:
+            self.wake_the_pool(stack)
+        until(lambda: connections(self.server, "api") == 1, "the end of the connections")
+        files = open_files(pid)
         with contextlib.ExitStack() as stack:
             self.begin(stack, *[f"/list?wait=60&after={self.last}"] * 100)
-            self.assertGreaterEqual(open_files(), files + 90)
+            self.assertGreaterEqual(open_files(pid), files + 90)
         self.server.send()
         self.waiting(0)
-        until(lambda: read_metrics(self.server)['pegmail_connections{port="api"}'] == 1,
-              "the end of the connections")
-        until(lambda: open_files() <= files + 2, "the end of the sockets")
+        until(lambda: connections(self.server, "api") == 1, "the end of the connections")
+        until(lambda: open_files(pid) <= files + 2, "the end of the sockets")
 
     def test_who_only_closes_its_own_half_is_answered(self):
         with contextlib.ExitStack() as stack:
@@ -8037,6 +8033,17 @@ class WireTest(APICase):
                 self.assertTrue(idle.is_closed())
 
 
+def own_address():
+    """Return an address of this host that is not loopback; skip if it has none."""
+    address = "127.0.0.1"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
+        sock.connect(("192.0.2.1", 9))      # sends nothing
+        address = sock.getsockname()[0]
+    if address.startswith("127."):
+        raise unittest.SkipTest("this host has no address but loopback")
+    return address
+
+
 class AccessTest(APICase):
     """Who may ask: the client's address, Host, Origin, and the token."""
 
@@ -8128,20 +8135,8 @@ class AccessTest(APICase):
                     after = self.server.get(f"/mail?mail_id={ident}")["is_read"]
                     self.assertEqual(after != before, status == 200)
 
-    def own_address(self):
-        """Return an address of this host that is not loopback; skip if it has none."""
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            try:
-                sock.connect(("192.0.2.1", 9))      # sends nothing
-                address = sock.getsockname()[0]
-            except OSError:
-                address = "127.0.0.1"
-        if address.startswith("127."):
-            self.skipTest("this host has no address but loopback")
-        return address
-
     def test_only_loopback_by_default(self):
-        address = self.own_address()
+        address = own_address()
         with Running("--bind", "0.0.0.0") as server:
             with HTTPWire(server, address) as wire:
                 for path in (*ALL_METHODS, "/nowhere"):
@@ -8246,7 +8241,7 @@ class TokenTest(APICase):
                     self.assertNotEqual(self.ask_with(f"Bearer {self.TOKEN}", path).status, 401)
 
     def test_another_host_needs_it_and_nothing_else(self):
-        address = AccessTest.own_address(self)
+        address = own_address()
         with HTTPWire(self.server, address) as wire:
             for path in ALL_METHODS:
                 self.assertEqual(wire.ask(path, headers={"Host": address}).status, 401)
@@ -8662,7 +8657,7 @@ class CurlTest(APICase):
     def test_compressed(self):
         self.deliver(*[make_message(f"compress {n}") for n in range(20)])
         plain = self.run_curl(self.base + "/list")
-        self.assertEqual(self.run_curl("--compressed", self.base + "/list"), plain)
+        self.assertTrue(self.run_curl("--compressed", self.base + "/list") == plain, "not the same")
         status, text = self.run_curl("--compressed", "-o", os.devnull, "-D", "-",
                                      self.base + "/list")
         self.assertIn("content-encoding: gzip", text.lower())
@@ -8814,12 +8809,10 @@ def free_port(address="127.0.0.1"):
 
 def start_tls(wire):
     """Begin TLS on a connection; return the server's certificate."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     reply = wire.ask("STARTTLS")
-    if reply[:3] != "220":
+    if reply[:10] != "220 2.0.0 ":
         raise AssertionError(f"STARTTLS: {reply}")
-    wire.socket = context.wrap_socket(wire.socket)
+    wire.socket = client_context().wrap_socket(wire.socket)
     return wire.socket.getpeercert(True)
 
 
@@ -9062,8 +9055,10 @@ class StopTest(FolderCase):
             raw = [server.request(f"/raw?mail_id={ident}")[2] for ident in idents]
             self.assertEqual(server.stop(), 0)
         with Running(folder=self.folder) as server:
-            self.assertEqual([server.get(path) for path in paths], before)
-            self.assertEqual([server.request(f"/raw?mail_id={n}")[2] for n in idents], raw)
+            for path, answer in zip(paths, before):
+                self.assertTrue(server.get(path) == answer, path)
+            for ident, message in zip(idents, raw):
+                self.assertEqual(server.request(f"/raw?mail_id={ident}")[2], message)
             self.assertEqual(server.send(), idents[-1] + 1)
             self.assertEqual(server.stop(), 0)
 
@@ -9345,15 +9340,6 @@ class SystemdTest(FolderCase):
         self.assertEqual(complaints, [])
 
 
-class FarWire(Wire):
-    """A client with a source address of its own."""
-
-    def __init__(self, address, source="127.0.0.5"):
-        self.socket = socket.create_connection(address, DEADLINE, (source, 0))
-        self.buffer = b""
-        self.greeting = self.reply()
-
-
 class Nginx:
     """A real nginx with a printed configuration, moved from port 25 to a free one."""
 
@@ -9404,7 +9390,7 @@ class Nginx:
 
     def connect(self, source="127.0.0.5"):
         """Return a connection through nginx."""
-        return FarWire(("127.0.0.1", self.port), source)
+        return Wire(("127.0.0.1", self.port), source=source)
 
 
 class NginxCase(FolderCase):
@@ -9487,7 +9473,8 @@ class NginxMailTest(NginxCase):
                 wire.send(ODD.replace(b"\r\n.", b"\r\n..") + b".\r\nQUIT\r\n")
                 self.assertEqual(wire.reply(), "250 2.0.0 Kept as 2")
                 self.assertEqual(wire.reply()[:3], "221")
-            self.assertEqual([read_stored(server, n)[1] for n in (1, 2)], [LARGE, ODD])
+            for ident, message in enumerate((LARGE, ODD), 1):
+                self.assertEqual(read_stored(server, ident)[1], message)
 
     def test_token_and_names_are_quoted(self):
         """What nginx asks, seen by a listener in pegmail's place."""
@@ -9522,14 +9509,7 @@ class NginxMailTest(NginxCase):
 
     def test_address_beyond_loopback(self):
         """The same with an address of this host that is not a loopback one."""
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            try:
-                probe.connect(("192.0.2.1", 9))            # sends nothing
-                address = probe.getsockname()[0]
-            except OSError:
-                self.skipTest("this host has no address but loopback")
-        if ipaddress.ip_address(address).is_loopback:
-            self.skipTest("this host has no address but loopback")
+        address = own_address()
         with self.pair("--bind", address) as (server, nginx):
             with nginx.connect() as wire:
                 self.assertEqual(wire.deliver(make_message()), 1)
@@ -10180,12 +10160,6 @@ def get(path, **params):
     return f"GET {path}{query} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
 
 
-def memory(server, name="VmRSS"):
-    """Return the resident memory of a server in bytes; VmHWM is the most it has been."""
-    with open(f"/proc/{server.process.pid}/status") as file:
-        return int(re.search(name + r":\s+(\d+) kB", file.read()).group(1)) * KB
-
-
 def wait_for_digest(server, seconds=300):
     """Wait until all that has come is digested and indexed."""
     def is_done():
@@ -10386,12 +10360,6 @@ def measure_idle(bench):
                   f"{max(each for *_, each in rates) / KB:.1f} KB", "-", "-", "10 KB")
         yield Row("SMTP 1 KB, 10 connections, beside them", f"{beside:,.0f}/s",
                   f"without them {without:,.0f}/s", f"{beside / without:.2f}", "1.0")
-
-
-def connections(server):
-    """Return the number of SMTP connections that a server has open."""
-    text = server.request("/metrics")[2].decode()
-    return float(re.search(r'(?m)^pegmail_connections{port="smtp"} (\S+)', text).group(1))
 
 
 @measures
