@@ -1843,7 +1843,7 @@ class Store:
         self.hand_over: Callable[[List[Tuple[Done, Any]]], None] = hear_all     # see commit()
         self.wanted = threading.Event()  # there is something to digest or to index
         self.wanted.set()
-        self.closing = False             # the digester is to stop, and then
+        self.closing = threading.Event()     # the digester is to stop, and then
         self.closed = False              # the writer
         self.wal_checked = 0.0
         self.file = os.stat(db_path)     # the database's own, as it was opened
@@ -1930,7 +1930,7 @@ class Store:
 
     def close(self) -> None:
         """Finish every job that waits and close the database."""
-        self.closing = True
+        self.closing.set()
         self.wanted.set()
         self.threads[1].join(10)
         self.closed = True
@@ -2392,7 +2392,7 @@ class Store:
     def sweep(self) -> None:
         """Remove files of the media tree that belong to nothing and are older than this start."""
         names = (name for name, changed in self.media.walk() if changed < self.started - 1)
-        while not self.closing:
+        while not self.closing.is_set():
             batch = list(itertools.islice(names, 100))
             if not batch:
                 return
@@ -2406,17 +2406,17 @@ class Store:
             self.sweep()
         except (StoreError, OSError) as error:
             log.error("store: the media tree was not swept: %s", error)
-        while not self.closing:
+        while not self.closing.is_set():
             self.wanted.wait()
             self.wanted.clear()
             try:
-                while not self.closing and (self.digest_some() + self.index_some()):
+                while not self.closing.is_set() and (self.digest_some() + self.index_some()):
                     pass
                 self.sample_trigrams()
             except Exception as error:      # a border: what cannot be digested now can later
                 log.error("store: cannot digest, trying again: %s", reason(error),
                           exc_info=not isinstance(error, (StoreError, OSError)))
-                time.sleep(1)
+                self.closing.wait(1)
                 self.wanted.set()
 
     def digest_some(self) -> int:
@@ -2445,8 +2445,8 @@ class Store:
 
     def yield_to_reception(self, begun: float, before: int) -> None:
         """Pause nine times as long as the work took if mail came in meanwhile."""
-        if self.totals.last_id > before and not self.closing:
-            time.sleep(min(1.0, 9 * (time.monotonic() - begun)))
+        if self.totals.last_id > before and not self.closing.is_set():
+            self.closing.wait(min(1.0, 9 * (time.monotonic() - begun)))
 
     def digest_now(self, idents: Sequence[int]) -> None:
         """Digest these messages and keep the digests in one transaction."""
