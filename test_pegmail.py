@@ -2020,7 +2020,7 @@ class PatientStore(pegmail.Store):
         until(lambda: is_settled(self), "digesting and indexing")
 
     def close(self):
-        self.closing = True
+        self.closing.set()
         self.go.set()
         super().close()
 
