@@ -15,59 +15,73 @@ The file reads bottom-up: each section uses only the ones above it.
 3. Mail: envelopes, replies, header fields and MIME structure
 4. Store: what is kept, and how it is found again
 5. Reactor: one thread that owns every socket, and a few that work for it
-6. Sessions: the protocols, without sockets
-7. Delivery: from a received message to the store
-8. HTTP: the JSON API
-9. Server and tools: all of it wired together, and the command line
+6. Trust: asking the DNS
+7. Sessions: the protocols, without sockets
+8. Delivery: from a received message to the store, and onward
+9. HTTP: the JSON API
+10. Server and tools: all of it wired together, and the command line
 
 One thread (Reactor) owns the sockets, one (Store) writes, one digests, a small pool does whatever
 would hold up the others. Nothing here imports anything outside the standard library.
 """
 import argparse
+import base64
 import binascii
 import bisect
 import codecs
 import collections
 import configparser
 import contextlib
+import datetime
 import difflib
+import email.header
 import email.utils
 import encodings.aliases
 import errno
 import fcntl
+import fnmatch
 import functools
 import gzip
 import hashlib
 import heapq
 import hmac
 import html
+import http.client
 import http.server
 import io
 import ipaddress
 import itertools
 import json
 import logging
+import math
 import mimetypes
 import os
+import pwd
 import queue
+import random
 import re
 import resource
 import secrets
 import selectors
 import shlex
 import signal
+import smtplib
 import socket
 import sqlite3
 import ssl
 import stat
+import struct
 import sys
 import threading
 import time
 import types
 import urllib.parse
+import urllib.request
+import uuid
+import zoneinfo
 from concurrent.futures import Future
-from typing import (Any, Callable, Dict, Generator, Iterable, Iterator, List, NamedTuple, Optional,
-                    Sequence, Set, Tuple, Union)
+from typing import (Any, Callable, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping,
+                    NamedTuple, NoReturn, Optional, Sequence, Set, Tuple, Union)
 
 __version__ = "0.1.0"
 
@@ -195,14 +209,58 @@ def host_name(text: str) -> str:
     return text.strip()
 
 
+def header_field(text: str) -> Tuple[str, str]:
+    """Read `Name: value`, a header field of a request; the value may be a template."""
+    match = re.fullmatch(r"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,200}):\s*(.+?)\s*", text, re.S)
+    if not match or match.group(1).lower() in ("host", "content-length", "transfer-encoding"):
+        raise ValueError("needs 'Name: value', and not a name that frames the request")
+    return match.group(1), match.group(2)
+
+
+def any_text(text: str) -> str:
+    """Read a text of any form."""
+    return text
+
+
+class Forward(NamedTuple):
+    """Where mail goes on to, and which; patterns are those of a shell, in any case."""
+    target: str                 # a URL, perhaps a template, or mailto:ADDRESS
+    to: str = "*"
+    sender: str = "*"
+
+
+def forward(text: str) -> Forward:
+    """Read `URL`, or `mailto:ADDRESS`, with `to=PATTERN` and `from=PATTERN` behind it."""
+    match = re.fullmatch(r"(\S.*?)((?:\s+(?:to|from)=\S+)*)\s*", text.strip())
+    if not match or not re.match(r"(?i)https?://.|mailto:\S+@\S+$|\{\{", match.group(1)):
+        raise ValueError("needs http://..., https://... or mailto:ADDRESS, and then, if wanted, "
+                         "to=PATTERN and from=PATTERN")
+    words = dict(word.split("=", 1) for word in match.group(2).split())
+    return Forward(match.group(1), words.get("to", "*"), words.get("from", "*"))
+
+
+def web_address(text: str) -> str:
+    """Read a URL, or a template that makes one."""
+    if not re.match(r"(?i)https?://.|.*\{\{", text.strip()):
+        raise ValueError("needs http://... or https://...")
+    return text.strip()
+
+
+LINES = "lines"     # for Option.many: each value has a flag, or a line, of its own
+
+
 class Option(NamedTuple):
-    """One thing the operator may choose. `many` takes several values on the command line."""
+    """One thing the operator may choose.
+
+    `many` takes several values: words behind one flag, or LINES. `also` are further flags.
+    """
     name: str
     default: Any
     kind: Any               # a reader, or the tuple of the words allowed
     help: str
     metavar: str = ""
-    many: bool = False
+    many: Any = False
+    also: Tuple[str, ...] = ()
 
 
 OPTIONS = (
@@ -210,13 +268,15 @@ OPTIONS = (
     Option("media_path", "media", filled, "Folder of attachments and large messages.", "DIR"),
     Option("file_hash_length", 24, number(8, 32),
            "Bytes of SHA-256 that name a media file; 8 to 32.", "BYTES"),
-    Option("bind", "127.0.0.1", filled, "Address to listen on; 0.0.0.0 or :: for all.", "ADDR"),
-    Option("smtp_port", 1025, port, "Port for incoming mail; 0 takes a free one.", "PORT"),
+    Option("bind", "127.0.0.1", filled, "Address to listen on; 0.0.0.0 or :: for all.", "ADDR",
+           also=("host",)),
+    Option("smtp_port", 1025, port, "Port for incoming mail; 0 takes a free one.", "PORT",
+           also=("port",)),
     Option("api_port", 8025, port, "Port of the JSON API; 0 takes a free one.", "PORT"),
     Option("lmtp_port", None, port, "Port for LMTP; not opened when missing.", "PORT"),
     Option("lmtp_socket", None, filled, "Unix socket for LMTP.", "FILE"),
     Option("hostname", None, host_name, "Name in greetings and Received; default: this host's.",
-           "NAME"),
+           "NAME", also=("domain",)),
     Option("server_host", (), domain, "Domains to take mail for; default: every one.", "HOST",
            many=True),
     Option("ssl_cert", None, filled, "Certificate chain (PEM); with --ssl_key turns on STARTTLS.",
@@ -252,7 +312,51 @@ OPTIONS = (
            "SECONDS"),
     Option("bare_newline", "normalize", ("normalize", "reject"),
            "What to do with a bare LF in a message."),
+    Option("url", None, web_address, "Forward each message as an HTTP POST to this URL.", "URL"),
+    Option("header", (), header_field, "A header field of these requests; give it several times.",
+           "'NAME: VALUE'", many=LINES),
+    Option("template", None, any_text,
+           "Go template of their body, or @FILE; default: a JSON object.", "TEXT"),
+    Option("forward_to", (), forward, "Forward to a further URL or mailto:ADDRESS, with "
+           "to=PATTERN and from=PATTERN if not all; give it several times.", "'URL ...'",
+           many=LINES),
+    Option("forward_only", False, flag, "Delete a message here once it was forwarded."),
+    Option("forward_parallel", 4, number(1, 16),
+           "Requests to one target at once; 1 keeps the order.", "N"),
+    Option("forward_timeout", 30, number(1, 600), "Seconds a target may take.", "SECONDS"),
+    Option("forward_secret", None, filled,
+           "Signs requests (webhook-signature); @FILE reads it from a file.", "SECRET"),
+    Option("retry_first", 10, number(1, 86400),
+           "Seconds until a delivery is tried again; doubles each time.", "SECONDS"),
+    Option("retry_longest", 3600, number(1, 86400), "It never takes longer than this.", "SECONDS"),
+    Option("retry_for", 259200, number(1, 2592000), "After so long it has failed.", "SECONDS"),
+    Option("retry_4xx", False, flag, "Try again after every 4xx, not only 408, 425 and 429."),
+    Option("outbox_keep", 86400, number(0, 31536000),
+           "Seconds that a delivery is remembered; failed ones ten times as long.", "SECONDS"),
+    Option("webhook_allow", (), network,
+           "Private networks that webhooks set by the API may lead to.", "ADDR", many=True),
+    Option("webhook_failures", 50, number(1, 100000),
+           "A webhook is disabled after so many failed attempts in a row.", "N"),
+    Option("attachments", "none", ("none", "links", "base64"),
+           "How webhooks get attachments besides their number."),
+    Option("attachments_size", 5 << 20, size, "Larger attachments are links in any case.",
+           "BYTES"),
+    Option("api_url", None, web_address, "How such links begin; default: this host's own API.",
+           "URL"),
+    Option("ca_file", None, filled, "Certificates (PEM) to trust, in place of the system's.",
+           "FILE"),
+    Option("relay", None, host_port,
+           "Send outgoing mail through this server; default: to each domain's own.",
+           "HOST[:PORT]"),
+    Option("relay_user", None, filled, "User name for it.", "NAME"),
+    Option("relay_password", None, filled, "Password for it; @FILE reads it from a file.",
+           "PASSWORD"),
+    Option("relay_tls", "starttls", ("starttls", "tls", "opportunistic", "plain"),
+           "How it speaks TLS: by STARTTLS, from the first byte, if it offers it, or not."),
+    Option("dns_server", (), host_port, "DNS servers to ask; default: those of resolv.conf.",
+           "HOST[:PORT]", many=True),
     Option("log_format", "text", ("text", "json"), "Form of the log lines on standard error."),
+    Option("standalone_logging", False, flag, "Begin log lines with date and time."),
     Option("debug", False, flag, "Log commands and replies too."),
 )
 
@@ -357,6 +461,8 @@ def suggest(name: str, names: Iterable[str]) -> str:
 
 def split_values(option: Option, text: str) -> List[str]:
     """Split a text from a file or the environment into the option's values."""
+    if option.many == LINES:
+        return [line for line in text.splitlines() if line.strip()]
     return re.split(r"[\s,]+", text.strip()) if option.many and text.strip() else [text]
 
 
@@ -376,18 +482,21 @@ def argument_parser() -> OneLineParser:
     parser = OneLineParser(
         "pegmail.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
         description="A whole mail server: SMTP in, SQLite, JSON API out.",
-        epilog="Each option may also stand as PEGMAIL_NAME in the environment or in .env, and as "
+        epilog="pegmail.py outbox list|retry|drop shows and changes what is to leave; pegmail.py "
+               "sendmail takes a message as sendmail does. Each option may also stand as "
+               "PEGMAIL_NAME in the environment or in .env, and as "
                "name = value under [pegmail] in the --config file; the first of these wins.")
     for option in OPTIONS:
-        both = dict.fromkeys(("--" + option.name, "--" + option.name.replace("_", "-")))
+        both = dict.fromkeys("--" + name for known in (option.name, *option.also)
+                             for name in (known, known.replace("_", "-")))
         kind = "{%s}" % ",".join(option.kind) if isinstance(option.kind, tuple) else option.metavar
         if option.kind is flag:
             parser.add_argument(*both, dest=option.name, help=option.help, nargs="?", const="yes",
                                 metavar="yes|no")
         else:
             parser.add_argument(*both, dest=option.name, help=option.help, metavar=kind,
-                                nargs="+" if option.many else None,
-                                action="extend" if option.many else "store")
+                                nargs="+" if option.many is True else None, action=
+                                {False: "store", True: "extend", LINES: "append"}[option.many])
     parser.add_argument("--config", metavar="FILE", help="INI file with a [pegmail] section.")
     for name, text in ACTIONS:
         both = dict.fromkeys(("--" + name, "--" + name.replace("_", "-")))
@@ -397,17 +506,18 @@ def argument_parser() -> OneLineParser:
 
 
 def load_settings(arguments: Sequence[str], environ: Dict[str, str], env_path: str = ".env",
-                  ) -> Tuple[Settings, List[str]]:
+                  config: str = "") -> Tuple[Settings, List[str]]:
     """Return the settings and the names of the actions asked for.
 
-    Takes the words behind the program's name, the environment, and the path of the .env file.
+    Takes the words behind the program's name, the environment, the path of the .env file, and that
+    of an INI file to read if there is one and no other is named.
     Raises SettingsError; unknown words on the command line exit as argparse does.
     """
     given = vars(argument_parser().parse_args(arguments))
     actions = [name for name, _ in ACTIONS if given.pop(name, False)]
     env_file = read_env_file(env_path)
     config = given.pop("config", None) or environ.get("PEGMAIL_CONFIG") or env_file.get(
-        "PEGMAIL_CONFIG")
+        "PEGMAIL_CONFIG") or (config if os.path.exists(config) else "")
     ini_file = read_ini_file(config) if config else {}
     for name in ini_file:
         if name not in OPTION_BY_NAME:
@@ -446,15 +556,31 @@ def check_together(settings: Settings) -> None:
     if settings.proxy_protocol and not settings.trusted_proxy:
         raise SettingsError("--proxy_protocol needs --trusted_proxy: say whose header to believe",
                             2)
-    if settings.api_token and settings.api_token.startswith("@"):
-        path = settings.api_token[1:]
-        try:
-            with open(path, encoding="utf-8") as file:
-                settings.api_token = file.read(4096).strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise SettingsError(f"--api_token @{path}: cannot be read: {reason(error)}") from None
-        if not settings.api_token:
-            raise SettingsError(f"--api_token @{path}: the file is empty")
+    if settings.forward_only and not (settings.url or settings.forward_to):
+        raise SettingsError("--forward_only needs --url or --forward_to: say where mail goes", 2)
+    if bool(settings.relay_user) != bool(settings.relay_password) or (
+            settings.relay_user and not settings.relay):
+        raise SettingsError("--relay_user and --relay_password go together, and with --relay", 2)
+    for name in FROM_FILE:
+        value = getattr(settings, name) or ""
+        if value.startswith("@"):
+            setattr(settings, name, read_text_file(f"--{name}", value[1:]))
+
+
+# @FILE stands for what is in it.
+FROM_FILE = ("api_token", "forward_secret", "relay_password", "template")
+
+
+def read_text_file(option: str, path: str) -> str:
+    """Return what is in the file that an option names, without blanks around it."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(1 << 20).strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{option} @{path}: cannot be read: {reason(error)}") from None
+    if not text:
+        raise SettingsError(f"{option} @{path}: the file is empty")
+    return text
 
 
 def option_table() -> str:
@@ -711,8 +837,12 @@ def html_text(markup: str) -> Tuple[str, List[str]]:
             href = re.search(r"""(?i)\shref\s*=\s*(?:"([^"]*)"|'([^']*)'|(\S+))""", match.group(1))
             if href:
                 links.append(html.unescape(next(filter(None, href.groups()), "")).strip())
-        words.append("\n" if tag.strip("/") in ("p", "br", "div", "tr", "li", "h1", "h2") else " ")
+        words.append(HTML_BREAKS.get(tag.strip("/"), ""))
     return html.unescape("".join(words + [markup[end:] if not skipping else ""])), links
+
+
+HTML_BREAKS = {**dict.fromkeys("p br div tr li ul ol table h1 h2 h3 h4 h5 h6 hr pre blockquote "
+                               "title head body".split(), "\n"), "td": " ", "th": " ", "img": " "}
 
 
 LINK = re.compile(r"""(?i)https?://[^\s<>"'`\\^{}|，。；：！？、）】」』]{3,2000}""")
@@ -774,6 +904,1699 @@ def choose_server(servers: Sequence[Any], address: str) -> Any:
     return max(servers, key=lambda server: hashlib.sha256(repr(server).encode() + key).digest())
 
 
+# -- Templates: Go's text/template --
+#
+# https://pkg.go.dev/text/template and https://pkg.go.dev/fmt, with functions of sprig
+# (https://masterminds.github.io/sprig/). A template sees None, bool, int, float, str, list, tuple,
+# dict with text keys, and the classes here; no name in it ever becomes a Python attribute. As in
+# Go, lengths are bytes of UTF-8; bytes that are none are lone surrogates (surrogateescape).
+
+MAX_TEMPLATE_STEPS = 500000   # terms, rounds and elements of one rendering: a second or two
+MAX_TEMPLATE_OUTPUT = 64 << 20
+MAX_TEMPLATE_DEPTH = 100      # blocks or parentheses in each other, templates that call each other
+MAX_VALUE_DEPTH = 100         # lists and maps in each other; `set` can make a map that holds itself
+MAX_GO_WIDTH = 1000000        # of one printed value, as in Go's fmt
+TEXT_STEP = 12                # 1 << 12 characters that a function reads or makes are one step,
+ELEMENT_STEP = 3              # and so are 1 << 3 elements of a list
+
+
+class TemplateError(Exception):
+    """What is wrong with a template and where, be it found by reading or by rendering it."""
+
+    def __init__(self, reason: str, place: int = 0) -> None:
+        super().__init__(reason)
+        self.reason, self.place, self.name, self.line, self.column = reason, place, "", 0, 0
+
+    def locate(self, name: str, text: str, place: int) -> "TemplateError":
+        """Return the error itself, now with the line and column of a place in the text."""
+        self.name, self.line = name, text.count("\n", 0, place) + 1
+        self.column = place - text.rfind("\n", 0, place)
+        return self
+
+    def __str__(self) -> str:
+        where = f"{self.name}: line {self.line}, column {self.column}: " if self.line else ""
+        return where + self.reason
+
+
+class GoTime(NamedTuple):
+    """A moment, time.Time to templates; made of an aware datetime."""
+    moment: datetime.datetime
+
+
+class GoHeader(Dict[str, List[str]]):
+    """The fields of a message, mail.Header to templates; made by go_header."""
+
+
+class GoStruct(Dict[str, Any]):
+    """The fields a template is rendered with: to name one that is not there is an error."""
+
+
+class GoMap(Dict[str, Any]):
+    """A map that a template made itself, and may change."""
+
+
+class GoEnum(int):
+    """A number that prints as a name."""
+    names: Tuple[str, ...] = ()
+
+
+class GoMonth(GoEnum):
+    """A month from 1 to 12."""
+    names = ("", "January", "February", "March", "April", "May", "June", "July", "August",
+             "September", "October", "November", "December")
+
+
+class GoWeekday(GoEnum):
+    """A day of the week, 0 being Sunday."""
+    names = ("Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
+
+
+def canonical_name(name: str) -> str:
+    """Return a field name as Go's net/textproto spells it: Message-Id."""
+    if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]*", name):
+        return name
+    return "-".join(part[:1].upper() + part[1:].lower() for part in name.split("-"))
+
+
+def go_header(fields: Iterable[Tuple[str, str]]) -> GoHeader:
+    """Gather the (name, value) pairs of a header for templates."""
+    header = GoHeader()
+    for name, value in fields:
+        header.setdefault(canonical_name(name), []).append(value)
+    return header
+
+
+GO_KINDS: Dict[type, Tuple[str, str]] = {           # Python's class to Go's kind and type
+    type(None): ("invalid", "<nil>"), bool: ("bool", "bool"), int: ("int", "int"),
+    GoMonth: ("int", "time.Month"), GoWeekday: ("int", "time.Weekday"),
+    float: ("float64", "float64"), str: ("string", "string"), GoTime: ("struct", "time.Time"),
+    GoStruct: ("struct", "template.Fields"), list: ("slice", "[]interface {}"),
+    tuple: ("slice", "[]interface {}"), GoHeader: ("map", "mail.Header"),
+    dict: ("map", "map[string]interface {}")}
+
+
+def kind_and_type(value: Any) -> Tuple[str, str]:
+    """Return Go's kind and type of a value; TemplateError if Go would have none."""
+    for cls in type(value).__mro__:
+        if cls in GO_KINDS:
+            return GO_KINDS[cls]
+    raise TemplateError(f"a value of Python's type {type(value).__name__} cannot be used")
+
+
+def go_kind(value: Any) -> str:
+    """Return Go's kind of a value, such as string, slice or map."""
+    return kind_and_type(value)[0]
+
+
+def go_type(value: Any) -> str:
+    """Return Go's type of a value."""
+    return kind_and_type(value)[1]
+
+
+def go_truth(value: Any) -> bool:
+    """Tell whether a value is not nil, zero or empty."""
+    return go_kind(value) == "struct" or bool(value)
+
+
+def go_bytes(text: str) -> bytes:
+    """Return the bytes of a Go string."""
+    if not text.isascii():
+        text = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text)
+    return text.encode("utf-8", "surrogateescape")
+
+
+def go_text(data: bytes) -> str:
+    """Return bytes as a Go string."""
+    return data.decode("utf-8", "surrogateescape")
+
+
+# -- Templates: printing, as Go's fmt, time and encoding/json do --
+
+GO_VERB = re.compile(r"%([-#0+ ]*)([0-9]*)(?:(\.)([0-9]*))?(.?)", re.S)
+GO_ESCAPES = {"\a": "\\a", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t",
+              "\v": "\\v", "\\": "\\\\"}
+INT_STYLES = {"d": ("d", ""), "v": ("d", ""), "b": ("b", "0b"), "o": ("o", "0"), "O": ("o", "0o"),
+              "x": ("x", "0x"), "X": ("X", "0X")}
+GO_STRING = "2006-01-02 15:04:05.999999999 -0700 MST"       # how a time prints
+RFC3339_NANO = "2006-01-02T15:04:05.999999999Z07:00"
+
+
+class GoFormat(NamedTuple):
+    """One verb of printf with its flags."""
+    verb: str = "v"
+    flags: str = ""
+    width: int = 0
+    precision: Optional[int] = None
+
+    def pad(self, text: str, sign: str = "", zeros: bool = True) -> str:
+        """Return text in its field, zeros between sign and text where asked for."""
+        if "-" in self.flags:
+            return (sign + text).ljust(self.width)
+        if "0" in self.flags and zeros:
+            return sign + text.rjust(self.width - len(sign), "0")
+        return (sign + text).rjust(self.width)
+
+    def sign(self, negative: bool) -> str:
+        """Return the sign that goes before a number."""
+        return "-" if negative else "+" if "+" in self.flags else " " if " " in self.flags else ""
+
+
+def go_quote(text: str, quote: str = '"', ascii_only: bool = False) -> str:
+    """Return text as a Go literal."""
+    def escape(match: "re.Match[str]") -> str:
+        char = match.group()
+        code = ord(char)
+        if char in GO_ESCAPES or char == quote:
+            return GO_ESCAPES.get(char, "\\" + char)
+        if char.isprintable() and not (ascii_only and code > 126):
+            return char
+        if code < 128 or 0xDC80 <= code < 0xDD00:
+            return f"\\x{code & 255:02x}"
+        return f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
+    return quote + re.sub(r"[^ !#-&(-\[\]-~]", escape, text) + quote
+
+
+# Each of these returns None for a verb that is not meant for its kind.
+
+def format_text(spec: GoFormat, text: str) -> Optional[str]:
+    """Format a string."""
+    if spec.verb in "xX":
+        data = go_bytes(text)[:spec.precision].hex(*" " if " " in spec.flags else ())
+        data = data.upper() if spec.verb == "X" else data
+        return spec.pad(("0" + spec.verb if "#" in spec.flags and data else "") + data)
+    text = text[:spec.precision]
+    if spec.verb == "q" and "#" in spec.flags and not re.search("[\x00-\x08\n-\x1f`\x7f]", text):
+        return spec.pad(f"`{text}`")
+    if spec.verb == "q":
+        return spec.pad(go_quote(text, ascii_only="+" in spec.flags))
+    return spec.pad(text) if spec.verb in "sv" else None
+
+
+def format_int(spec: GoFormat, value: int) -> Optional[str]:
+    """Format a whole number."""
+    if spec.verb not in INT_STYLES:
+        return format_char(spec, value)
+    style, prefix = INT_STYLES[spec.verb]
+    sign, digits = spec.sign(value < 0), format(abs(value), style)
+    if spec.precision is not None:
+        if not spec.precision and not value:
+            return " " * spec.width
+        digits = digits.rjust(spec.precision, "0")
+    elif "0" in spec.flags and "-" not in spec.flags:
+        digits = digits.rjust(spec.width - len(sign), "0")
+    prefix = prefix if "#" in spec.flags or spec.verb == "O" else ""
+    return spec.pad(sign + prefix + digits, zeros=False)
+
+
+def format_char(spec: GoFormat, code: int) -> Optional[str]:
+    """Format a number as a character."""
+    valid = 0 <= code < 0x110000 and not 0xD800 <= code < 0xE000
+    char = chr(code) if valid else "\ufffd"
+    shown = f" '{char}'" if "#" in spec.flags and char.isprintable() else ""
+    forms = {"c": char, "q": go_quote(char, "'", "+" in spec.flags),
+             "U": f"U+{code % (1 << 64):04X}{shown}"}
+    return spec.pad(forms[spec.verb], zeros=spec.verb != "U") if spec.verb in forms else None
+
+
+def shortest_float(value: float, limit: int, least: int = -4) -> str:
+    """Return the fewest digits that give a number back; with an exponent out of those bounds."""
+    digits = len(re.sub(r"e.*|\D", "", repr(value)).strip("0")) or 1
+    text = f"{value:.{digits - 1}e}"
+    exponent = int(text.partition("e")[2])
+    return f"{value:.{max(digits - 1 - exponent, 0)}f}" if least <= exponent < limit else text
+
+
+def format_float(spec: GoFormat, value: float) -> Optional[str]:
+    """Format a floating point number."""
+    if spec.verb not in ("v", "e", "E", "f", "F", "g", "G"):
+        return None
+    sign = spec.sign(math.copysign(1, value) < 0)
+    if value != value or math.isinf(value):
+        return spec.pad("NaN", spec.sign(False), False) if value != value else \
+            spec.pad("Inf", sign or "+", False)
+    if spec.precision is None and spec.verb in "vgG":
+        text = shortest_float(abs(value), 6)
+    else:
+        precision = 6 if spec.precision is None else spec.precision
+        text = f"{abs(value):.{precision}{spec.verb.replace('v', 'g')}}"
+    return spec.pad(text.upper() if spec.verb == "G" else text, sign)
+
+
+GO_FORMATS: Dict[str, Callable[[GoFormat, Any], Optional[str]]] = {
+    "string": format_text, "int": format_int, "float64": format_float, "struct": format_text,
+    "invalid": lambda spec, value: spec.pad("<nil>") if spec.verb == "v" else "<nil>",
+    "bool": lambda spec, value: spec.pad(str(value).lower()) if spec.verb in "vt" else None}
+
+
+def go_format(run: "Rendering", spec: GoFormat, value: Any, depth: int = 0) -> str:
+    """Print any value with one verb, elements and all."""
+    run.spend(1)
+    if depth > MAX_VALUE_DEPTH:
+        raise TemplateError("a value holds itself, or too many in each other")
+    kind, plain = go_kind(value), value
+    if kind in ("slice", "map") or isinstance(value, GoStruct):
+        return format_elements(run, spec, value, depth + 1)
+    if isinstance(value, GoTime):
+        plain = format_time(value.moment, GO_STRING)
+    elif isinstance(value, GoEnum) and spec.verb in ("v", "s", "q", "x", "X"):
+        kind, plain = "string", value.names[value]
+    text = GO_FORMATS[kind](spec, plain)
+    if text is None:
+        shown = go_format(run, spec._replace(verb="v"), int(value) if isinstance(value, GoEnum)
+                          else value, depth + 1)
+        text = f"%!{spec.verb}({go_type(value)}={shown})"
+    run.produce(len(text))
+    return text
+
+
+def format_elements(run: "Rendering", spec: GoFormat, value: Any, depth: int) -> str:
+    """Print a list, map or struct: [a b], map[k:v], {a b}."""
+    if go_kind(value) == "map":
+        parts = [go_format(run, spec, key, depth) + ":" + go_format(run, spec, value[key], depth)
+                 for key in sorted(value)]
+        return "map[" + " ".join(parts) + "]"
+    elements = value.values() if isinstance(value, dict) else value
+    parts = [go_format(run, spec, element, depth) for element in elements]
+    return " ".join(parts).join("{}" if isinstance(value, dict) else "[]")
+
+
+def go_print(run: "Rendering", *values: Any) -> str:
+    """Print values as fmt.Sprint: with a space between two of which neither is a string."""
+    out = []
+    for index, value in enumerate(values):
+        if index and not isinstance(value, str) and not isinstance(values[index - 1], str):
+            out.append(" ")
+        out.append(go_format(run, GoFormat(), value))
+    return "".join(out)
+
+
+def go_sprintf(run: "Rendering", text: str, *values: Any) -> str:
+    """Print values by a format, as fmt.Sprintf."""
+    left, out, end = list(values), [], 0
+    for match in GO_VERB.finditer(text):
+        out += [text[end:match.start()], format_verb(run, left, *match.groups(""))]
+        end = match.end()
+    out.append(text[end:])
+    if left:
+        extra = (go_type(value) + ("" if value is None else "=" + go_print(run, value))
+                 for value in left)
+        out.append(f"%!(EXTRA {', '.join(extra)})")
+    return "".join(out)
+
+
+def format_verb(run: "Rendering", left: List[Any], flags: str, width: str, dot: str,
+                precision: str, verb: str) -> str:
+    """Return what stands for one verb, for which a value is taken from those left."""
+    if verb == "%":
+        return "%"
+    if verb in ("*", "[") or verb == "v" and "#" in flags:
+        raise TemplateError("printf: *, [1] and %#v are not to be had here")
+    if max(int(width[:9] or 0), int(precision[:9] or 0)) > MAX_GO_WIDTH:
+        raise TemplateError("printf: too wide")
+    if not verb or not left:
+        return f"%!{verb}(MISSING)" if verb else "%!(NOVERB)"
+    value = left.pop(0)
+    if value is None and verb not in ("v", "T"):
+        return f"%!{verb}(<nil>)"
+    spec = GoFormat(verb, flags, int(width or 0), int(precision or 0) if dot else None)
+    if verb in ("v", "T"):
+        spec = spec._replace(verb="v", flags=flags.replace("+", ""))
+        value = go_type(value) if verb == "T" else value
+    return go_format(run, spec, value)
+
+
+LAYOUT_PART = re.compile(r"January|Jan(?![a-z])|Monday|Mon(?![a-z])|MST|002|0[1-6]|15|2006|__2|"
+                         r"_2(?!006)|[1-5]|PM|pm|[-Z]07(?:0000|:00:00|00|:00)?|"
+                         r"[.,](?:0+|9+)(?![0-9])")
+LAYOUT_PARTS: Dict[str, Callable[[datetime.datetime], str]] = {
+    "January": lambda t: GoMonth.names[t.month], "Jan": lambda t: GoMonth.names[t.month][:3],
+    "Monday": lambda t: GoWeekday.names[t.isoweekday() % 7],
+    "Mon": lambda t: GoWeekday.names[t.isoweekday() % 7][:3],
+    "01": lambda t: f"{t.month:02}", "1": lambda t: f"{t.month}",
+    "02": lambda t: f"{t.day:02}", "_2": lambda t: f"{t.day:2}", "2": lambda t: f"{t.day}",
+    "002": lambda t: f"{t.timetuple().tm_yday:03}", "__2": lambda t: f"{t.timetuple().tm_yday:3}",
+    "2006": lambda t: f"{t.year:04}", "06": lambda t: f"{t.year % 100:02}",
+    "15": lambda t: f"{t.hour:02}", "03": lambda t: f"{(t.hour + 11) % 12 + 1:02}",
+    "3": lambda t: f"{(t.hour + 11) % 12 + 1}", "04": lambda t: f"{t.minute:02}",
+    "4": lambda t: f"{t.minute}", "05": lambda t: f"{t.second:02}", "5": lambda t: f"{t.second}",
+    "PM": lambda t: "PM" if t.hour >= 12 else "AM", "pm": lambda t: "pm" if t.hour >= 12 else "am",
+    "MST": lambda t: format_zone(t, "-0700") if re.match("UTC[-+]", t.tzname() or "UTC+")
+    else t.tzname() or ""}
+
+
+def format_zone(moment: datetime.datetime, part: str) -> str:
+    """Return a time's offset in the form of a layout's part, such as Z07:00."""
+    offset = int((moment.utcoffset() or datetime.timedelta()).total_seconds())
+    if part[0] == "Z" and not offset:
+        return "Z"
+    seconds = abs(offset)
+    numbers = (seconds // 3600, seconds // 60 % 60, seconds % 60)[:len(re.findall("0.", part))]
+    return "-+"[offset >= 0] + (":" if ":" in part else "").join(f"{n:02}" for n in numbers)
+
+
+def format_time(moment: datetime.datetime, layout: str) -> str:
+    """Format a time by an example of it, as time.Format."""
+    def fill(match: "re.Match[str]") -> str:
+        part = match.group()
+        if part in LAYOUT_PARTS:
+            return LAYOUT_PARTS[part](moment)
+        if part[0] in "-Z":
+            return format_zone(moment, part)
+        digits = f"{moment.microsecond:06}".ljust(len(part) - 1, "0")[:len(part) - 1]
+        digits = digits.rstrip("0") if part[1] == "9" else digits
+        return part[0] + digits if digits else ""
+    return LAYOUT_PART.sub(fill, layout)
+
+
+def go_json(value: Any, step: str = "", indent: str = "\n", depth: int = 0) -> Iterator[str]:
+    """Yield a value as JSON in pieces; ValueError for what has none."""
+    if depth > MAX_VALUE_DEPTH:
+        raise ValueError("a value holds itself, or too many in each other")
+    if not isinstance(value, (list, tuple, dict)) or isinstance(value, GoTime):
+        yield json_scalar(value)
+        return
+    is_map, inner = isinstance(value, dict), indent + step if step else ""
+    yield "{" if is_map else "["
+    for index, item in enumerate(sorted(value) if go_kind(value) == "map" else value):
+        yield ("," if index else "") + inner
+        if is_map:
+            yield json_scalar(item) + (": " if step else ":")
+        yield from go_json(value[item] if is_map else item, step, inner, depth + 1)
+    yield (indent if step and value else "") + ("}" if is_map else "]")
+
+
+def json_scalar(value: Any) -> str:
+    """Return what is no list or map as JSON, markup escaped."""
+    if isinstance(value, GoTime):
+        value = format_time(value.moment, RFC3339_NANO)
+    if isinstance(value, str):
+        text = json.dumps(re.sub("[\ud800-\udfff]", "\ufffd", value), ensure_ascii=False)
+        return re.sub("[<>&\u2028\u2029]", lambda match: f"\\u{ord(match.group()):04x}", text)
+    if isinstance(value, float):
+        if value != value or math.isinf(value):
+            raise ValueError("JSON has no such number")
+        return shortest_float(value, 21, -6).replace("e-0", "e-")
+    return json.dumps(int(value) if isinstance(value, GoEnum) else value)
+
+
+# -- Templates: the grammar --
+
+GO_SPACE = " \t\r\n"
+GO_OPENING = re.compile(r"\{\{(-(?=[ \t\r\n]))?")
+GO_COMMENT = re.compile(r"\{\{(?:-[ \t\r\n])?/\*.*?\*/(?:[ \t\r\n](-))?\}\}", re.S)
+GO_TOKEN = re.compile(r"""(?x)
+    (?P<close>[ \t\r\n]+-\}\}|[ \t\r\n]*\}\})
+  | (?P<space>[ \t\r\n]+)
+  | (?P<text>"(?:[^"\\\n]|\\[^\n])*"|`[^`]*`)
+  | (?P<char>'(?:[^'\\\n]|\\[^\n])*')
+  | (?P<number>[+-]?\.?[0-9][\w.]*(?:(?<=[eEpP])[+-]\w*)?)
+  | (?:(?P<field>\.\w+)|(?P<variable>\$\w*)|(?P<dot>\.)|(?P<name>\w+))(?=[ \t\r\n.,|:()]|\}\}|\Z)
+  | (?P<mark>:=|[=|(),])""")
+GO_WORD = re.compile(r"[.$]?\w*")
+TOKEN_FAULTS = {'"': "unterminated quoted string", "`": "unterminated raw string",
+                "'": "unterminated character constant", "": "unclosed action"}
+STRING_ESCAPE = re.compile(r"""\\(?:([abfnrtv\\'"])|([0-3][0-7]{2})|x([0-9a-fA-F]{2})|"""
+                           r"""u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|)""")
+GO_ESCAPED = dict(zip("abfnrtv\\'\"", "\a\b\f\n\r\t\v\\'\""))
+GO_INT = re.compile(r"[+-]?(?:(0_?[0-7](?:_?[0-7])*)|0|[1-9](?:_?[0-9])*|0[xX](?:_?[0-9a-fA-F])+|"
+                    r"0[oO](?:_?[0-7])+|0[bB](?:_?[01])+)")
+GO_FLOAT = re.compile(r"[+-]?(?=\.?[0-9])(?:[0-9](?:_?[0-9])*)?(?=[.eE])"
+                      r"(?:\.(?:[0-9](?:_?[0-9])*)?)?(?:[eE][+-]?[0-9]+)?")
+GO_INTS = range(-1 << 63, 1 << 63)
+GO_CONSTANTS = {"true": True, "false": False, "nil": None}
+
+
+class GoToken(NamedTuple):
+    """Text, or a word of an action."""
+    kind: str
+    text: str
+    place: int
+    spaced: bool = False
+
+
+class GoTerm(NamedTuple):
+    """A constant, dot, variable, function or parenthesis, and the fields taken of it."""
+    kind: str
+    place: int
+    value: Any = None
+    names: Tuple[str, ...] = ()
+
+
+class GoPipe(NamedTuple):
+    """Commands, a term and its arguments each, and the variables that take their result."""
+    place: int
+    names: Tuple[str, ...]
+    assigns: bool
+    commands: Sequence[Tuple[GoTerm, Sequence[GoTerm]]]
+
+
+class GoNode(NamedTuple):
+    """Text, or an action with what it holds; `other` stands behind its {{else}}."""
+    kind: str
+    place: int
+    text: str = ""
+    pipe: Optional[GoPipe] = None
+    body: Sequence[Any] = ()
+    other: Sequence[Any] = ()
+
+
+def read_tokens(text: str) -> Iterator[GoToken]:
+    """Split a template into text, white space trimmed, and the words of its actions."""
+    end, trim = 0, False
+    while True:
+        opening = GO_OPENING.search(text, end)
+        plain = text[end:opening.start() if opening else None]
+        plain = plain.lstrip(GO_SPACE) if trim else plain
+        plain = plain.rstrip(GO_SPACE) if opening and opening.group(1) else plain
+        if plain:
+            yield GoToken("plain", plain, end)
+        if not opening:
+            yield GoToken("end of template", "", len(text))
+            return
+        comment = GO_COMMENT.match(text, opening.start())
+        if comment:
+            end, trim = comment.end(), bool(comment.group(1))
+            continue
+        if text.startswith("/*", opening.end() + bool(opening.group(1))):
+            raise TemplateError("unclosed comment", opening.start())
+        yield GoToken("open", "{{", opening.start())
+        for token in read_action(text, opening.end()):
+            yield token
+        end, trim = token.place + len(token.text), token.text.endswith("-}}")
+
+
+def read_action(text: str, place: int) -> Iterator[GoToken]:
+    """Yield the words of one action, the closing braces as the last."""
+    kind = ""
+    while kind != "close":
+        match = GO_TOKEN.match(text, place)
+        if not match:
+            refuse_word(text, place)
+        spaced, kind, word = kind == "space", match.lastgroup or "", match.group()
+        if kind != "space":
+            yield GoToken(word if kind == "mark" else kind, word, place, spaced)
+        place = match.end()
+
+
+def refuse_word(text: str, place: int) -> NoReturn:
+    """Raise the error about what stands there."""
+    if text[place:place + 1] in TOKEN_FAULTS:
+        raise TemplateError(TOKEN_FAULTS[text[place:place + 1]], place)
+    word = GO_WORD.match(text, place)
+    place = word.end() if word else place
+    raise TemplateError(f"unexpected character {text[place:place + 1]!r} in an action", place)
+
+
+def unquote_go(literal: str) -> str:
+    """Return the value of a Go string or character literal; raise TemplateError if it is none."""
+    if literal[0] == "`":
+        return literal[1:-1].replace("\r", "")
+
+    def unescape(match: "re.Match[str]") -> str:
+        plain, octal, byte, *wide = match.groups()
+        if plain and (plain not in "'\"" or plain == literal[0]):
+            return GO_ESCAPED[plain]
+        code = int(octal, 8) if octal else int(byte or wide[0] or wide[1] or "d800", 16)
+        if octal or byte:
+            return chr(code) if code < 128 else chr(0xDC00 + code)
+        if code > 0x10FFFF or 0xD800 <= code < 0xE000:
+            raise TemplateError(f"{literal[:40]} is no valid literal")
+        return chr(code)
+    return go_text(go_bytes(STRING_ESCAPE.sub(unescape, literal[1:-1])))
+
+
+def read_number(text: str) -> Union[int, float]:
+    """Return the value of a number as Go spells it; raise TemplateError if it is none."""
+    whole = GO_INT.fullmatch(text) if len(text) < 100 else None
+    if whole:
+        value = int(text.replace("0", "0o", 1) if whole.group(1) else text, 0)
+        if value in GO_INTS:
+            return value
+    elif GO_FLOAT.fullmatch(text) and not math.isinf(float(text)):
+        return float(text)
+    raise TemplateError(f"bad number {text[:40]}")
+
+
+def read_char(literal: str) -> int:
+    """Return the value of a character literal; raise TemplateError if it is none."""
+    char = unquote_go(literal)
+    if len(char) != 1:
+        raise TemplateError(f"{literal[:40]} is no valid character")
+    return ord(char) - (0xDC00 if "\udc80" <= char <= "\udcff" else 0)
+
+
+GO_LITERALS: Dict[str, Callable[[str], Any]] = {
+    "text": unquote_go, "number": read_number, "char": read_char}
+
+
+class TemplateParser:
+    """Reads the tokens of one template; made by Template."""
+
+    def __init__(self, text: str) -> None:
+        self.tokens = list(read_tokens(text))
+        self.index, self.depth, self.loops = 0, 0, 0
+        self.names = ["$"]                          # of the variables in scope
+        self.templates: Dict[str, Sequence[GoNode]] = {}
+
+    @property
+    def token(self) -> GoToken:
+        """The token at hand."""
+        return self.tokens[self.index]
+
+    def take(self, *kinds: str) -> Optional[GoToken]:
+        """Pass over the token at hand and return it, if it is of one of the kinds."""
+        token = self.token
+        if token.kind not in kinds:
+            return None
+        self.index += 1
+        return token
+
+    def need(self, context: str, *kinds: str) -> GoToken:
+        """Pass over the token at hand, which must be of one of the kinds."""
+        return self.take(*kinds) or self.refuse(context)
+
+    def refuse(self, context: str) -> NoReturn:
+        """Raise the error that the token at hand does not belong there."""
+        token = self.token
+        shown = {"close": "}}", "plain": "text"}.get(token.kind, token.text[:40] or token.kind)
+        raise TemplateError(f"unexpected {shown} in {context}", token.place)
+
+    def nest(self, by: int) -> None:
+        """Go one block or parenthesis deeper, or back."""
+        self.depth += by
+        if self.depth > MAX_TEMPLATE_DEPTH:
+            raise TemplateError("nested too deeply", self.token.place)
+
+    def parse_all(self, name: str) -> Dict[str, Sequence[GoNode]]:
+        """Return all templates by name, the whole under the name given."""
+        self.define(name, self.parse_body("end of template")[0], 0)
+        return self.templates
+
+    def define(self, name: str, nodes: Sequence[GoNode], place: int) -> None:
+        """Enter a template; only one of white space may give way to another."""
+        def is_empty(nodes: Sequence[GoNode]) -> bool:
+            return not any(node.kind != "plain" or node.text.strip() for node in nodes)
+        if is_empty(self.templates.get(name, ())):
+            self.templates[name] = nodes
+        elif not is_empty(nodes):
+            raise TemplateError(f"template {go_quote(name)} is defined twice", place)
+
+    def parse_body(self, *ends: str) -> Tuple[Sequence[GoNode], str]:
+        """Read nodes up to one of the words that may end them; return both."""
+        nodes: List[Optional[GoNode]] = []
+        self.nest(1)
+        while self.token.kind not in ends:
+            token = self.take("plain", "open")
+            if token is None:
+                raise TemplateError("an {{end}} is missing", self.token.place)
+            if token.kind == "plain":
+                nodes.append(GoNode("plain", token.place, token.text))
+            elif self.token.kind == "name" and self.token.text in ends:
+                break
+            else:
+                nodes.append(self.parse_action(token.place, "end" not in ends))
+        self.nest(-1)
+        self.index += 1
+        return [node for node in nodes if node], self.tokens[self.index - 1].text
+
+    def parse_action(self, place: int, top: bool) -> Optional[GoNode]:
+        """Read one action from its first word on."""
+        word = self.token.text if self.token.kind == "name" else ""
+        rule = TEMPLATE_RULES.get(word)
+        if rule is None:
+            return GoNode("action", place, pipe=self.parse_pipe("a command"))
+        if word == "define" and not top:
+            self.refuse("a block")
+        self.index += 1
+        return rule(self, place, word)
+
+    def parse_control(self, place: int, word: str) -> GoNode:
+        """Read {{if}}, {{with}} or {{range}} up to its {{end}}."""
+        mark, other = len(self.names), ()       # type: int, Sequence[GoNode]
+        pipe = self.parse_pipe(word)
+        self.loops += word == "range"
+        body, end = self.parse_body("else", "end")
+        self.loops -= word == "range"
+        if end == "else" and word != "range" and self.token[:2] == ("name", word):
+            self.index += 1
+            self.nest(1)
+            other = [self.parse_control(self.token.place, word)]
+            self.nest(-1)
+        else:
+            self.need(end, "close")
+            if end == "else":
+                other = self.parse_rest()
+        del self.names[mark:]
+        return GoNode(word, place, "", pipe, body, other)
+
+    def parse_rest(self) -> Sequence[GoNode]:
+        """Read up to {{end}}, with that."""
+        body, end = self.parse_body("end")
+        self.need(end, "close")
+        return body
+
+    def parse_jump(self, place: int, word: str) -> GoNode:
+        """Read {{break}} or {{continue}}."""
+        self.need(word, "close")
+        if not self.loops:
+            raise TemplateError(f"{{{{{word}}}}} outside of a {{{{range}}}}", place)
+        return GoNode("jump", place, word)
+
+    def parse_template(self, place: int, word: str) -> GoNode:
+        """Read {{template}}."""
+        name = self.literal(self.need(word, "text"))
+        return GoNode(word, place, name, None if self.take("close") else self.parse_pipe(word))
+
+    def parse_block(self, place: int, word: str) -> Optional[GoNode]:
+        """Read {{define}}, or {{block}}, which also stands for {{template}}."""
+        name = self.literal(self.need(word, "text"))
+        pipe = self.parse_pipe(word) if word == "block" else self.need(word, "close") and None
+        names, loops, self.names, self.loops = self.names, self.loops, ["$"], 0
+        self.define(name, self.parse_rest(), place)
+        self.names, self.loops = names, loops
+        return GoNode("template", place, name, pipe) if word == "block" else None
+
+    def parse_stray(self, place: int, word: str) -> NoReturn:
+        """Refuse {{else}} or {{end}} where there is none to be."""
+        raise TemplateError(f"unexpected {{{{{word}}}}}", place)
+
+    def parse_pipe(self, context: str, end: str = "close") -> GoPipe:
+        """Read variables and commands up to the closing braces or parenthesis."""
+        place = self.token.place
+        names, mark = self.parse_variables(context)
+        commands = [self.parse_command(context)]
+        while self.take("|"):
+            commands.append(self.parse_command(context))
+            if commands[-1][0].kind in ("constant", "dot") and not commands[-1][0].names:
+                raise TemplateError("a value takes no result of a pipeline", commands[-1][0].place)
+        self.need(context, end)
+        return GoPipe(place, names, mark == "=", commands)
+
+    def parse_variables(self, context: str) -> Tuple[Tuple[str, ...], str]:
+        """Read `$x :=`, `$x =` or `$i, $x :=`, if they are there; return the names and the mark."""
+        kinds = [token.kind for token in self.tokens[self.index:self.index + 4]]
+        size = 4 if kinds[:3] == ["variable", ",", "variable"] and context == "range" else 2
+        if kinds[0] != "variable" or kinds[size - 1:size] not in ([":="], ["="]):
+            return (), ""
+        tokens = self.tokens[self.index:self.index + size]
+        self.index += size
+        for token in tokens[::2]:
+            if tokens[-1].kind == ":=":
+                self.names.append(token.text)
+            self.check_variable(token)
+        return tuple(token.text for token in tokens[::2]), tokens[-1].kind
+
+    def check_variable(self, token: GoToken) -> None:
+        """Refuse a variable that is not in scope."""
+        if token.text not in self.names:
+            raise TemplateError(f"undefined variable {go_quote(token.text)}", token.place)
+
+    def parse_command(self, context: str) -> Tuple[GoTerm, Sequence[GoTerm]]:
+        """Read a term and its arguments."""
+        terms = [self.parse_term(context)]
+        if terms[0].kind == "constant" and terms[0].value is None:
+            raise TemplateError("nil is not a command", terms[0].place)
+        while self.token.kind not in ("close", "|", ")"):
+            if not self.token.spaced:
+                self.refuse("an operand")
+            terms.append(self.parse_term(context))
+        return terms[0], terms[1:]
+
+    def parse_term(self, context: str) -> GoTerm:
+        """Read a term with the fields behind it."""
+        token = self.need(context, "name", "dot", "field", "variable", "(", *GO_LITERALS)
+        names = [token.text[1:]] if token.kind == "field" else []
+        term = self.parse_operand(token)
+        while self.token.kind == "field" and not self.token.spaced:
+            if term.kind == "constant" or token.kind == "dot":
+                self.refuse("an operand")
+            names.append(self.need(context, "field").text[1:])
+        return term._replace(names=tuple(names))
+
+    def parse_operand(self, token: GoToken) -> GoTerm:
+        """Return the term that begins with a token."""
+        if token.kind in GO_LITERALS:
+            return GoTerm("constant", token.place, self.literal(token))
+        if token.kind == "variable":
+            self.check_variable(token)
+            return GoTerm("variable", token.place, token.text)
+        if token.kind == "(":
+            self.nest(1)
+            pipe = self.parse_pipe("parentheses", ")")
+            self.nest(-1)
+            return GoTerm("pipe", token.place, pipe)
+        return self.parse_name(token) if token.kind == "name" else GoTerm("dot", token.place)
+
+    def parse_name(self, token: GoToken) -> GoTerm:
+        """Return the constant or function that a name stands for."""
+        if token.text in GO_CONSTANTS:
+            return GoTerm("constant", token.place, GO_CONSTANTS[token.text])
+        if token.text in TEMPLATE_RULES:
+            raise TemplateError(f"unexpected {token.text} in a command", token.place)
+        if token.text not in TEMPLATE_FUNCTIONS:
+            raise TemplateError(f"function {go_quote(token.text[:40])} is not defined", token.place)
+        return GoTerm("function", token.place, token.text)
+
+    def literal(self, token: GoToken) -> Any:
+        """Return the value of a literal, its faults being at its place."""
+        try:
+            return GO_LITERALS[token.kind](token.text)
+        except TemplateError as error:
+            raise TemplateError(error.reason, token.place) from None
+
+
+TEMPLATE_RULES: Dict[str, Callable[[TemplateParser, int, str], Optional[GoNode]]] = {
+    "if": TemplateParser.parse_control, "with": TemplateParser.parse_control,
+    "range": TemplateParser.parse_control, "break": TemplateParser.parse_jump,
+    "continue": TemplateParser.parse_jump, "template": TemplateParser.parse_template,
+    "block": TemplateParser.parse_block, "define": TemplateParser.parse_block,
+    "else": TemplateParser.parse_stray, "end": TemplateParser.parse_stray}
+
+
+# -- Templates: rendering --
+
+NO_VALUE: Any = object()       # no value comes from the left of a pipeline
+
+
+class GoFunction(NamedTuple):
+    """What a template may call; `kinds` are those of its arguments, the last for all the rest."""
+    call: Callable[..., Any]
+    kinds: Tuple[str, ...]
+    variadic: bool
+    wants_run: bool
+
+
+def not_here() -> NoReturn:
+    """Stand for what the caller of render did not hand in."""
+    raise TemplateError("there is no clock or random number here")
+
+
+class Surroundings(NamedTuple):
+    """What functions learn of the world; `zones` finds a time zone by name, Local among them."""
+    env: Mapping[str, str] = types.MappingProxyType({})
+    now: Callable[[], datetime.datetime] = not_here
+    uuid: Callable[[], str] = not_here
+    zones: Callable[[str], Optional[datetime.tzinfo]] = {"UTC": datetime.timezone.utc}.get
+
+
+NO_SURROUNDINGS = Surroundings()
+
+
+class Rendering:
+    """One run of a template: its variables, output, and what it may still spend."""
+
+    def __init__(self, templates: Mapping[str, Sequence[GoNode]], world: Surroundings,
+                 max_output: int, max_steps: int) -> None:
+        self.templates, self.world = templates, world
+        self.variables: List[List[Any]] = []        # [name, value], the innermost last
+        self.output: List[str] = []
+        self.steps, self.room, self.text_room = max_steps, max_output, 2 * max_output
+        self.place, self.depth = 0, 0               # the place of the last term, for errors
+
+    def spend(self, steps: int) -> None:
+        """Count work; raise TemplateError when it is too much."""
+        self.steps -= steps
+        if self.steps < 0:
+            raise TemplateError("takes too many steps")
+
+    def produce(self, length: int) -> None:
+        """Count text that functions make, the longest before they do."""
+        self.text_room -= length
+        if self.text_room < 0:
+            raise TemplateError("the functions make too much text")
+
+    def write(self, text: str) -> None:
+        """Add to the output."""
+        self.room -= len(text)
+        if self.room < 0:
+            raise TemplateError("the output is too long")
+        self.output.append(text)
+
+    def walk(self, nodes: Sequence[GoNode], dot: Any) -> str:
+        """Write nodes; return break or continue if one of them says so."""
+        for node in nodes:
+            self.spend(1)
+            self.place = node.place
+            jump = NODE_RULES[node.kind](self, node, dot)
+            if jump:
+                return jump
+        return ""
+
+    def walk_action(self, node: GoNode, dot: Any) -> None:
+        """Print the value of a pipeline, unless it went into a variable."""
+        value = self.value(node.pipe, dot)
+        if node.pipe and not node.pipe.names:
+            self.write("<no value>" if value is None else go_print(self, value))
+
+    def walk_branch(self, node: GoNode, dot: Any) -> str:
+        """Write one half of an {{if}} or {{with}}."""
+        mark = len(self.variables)
+        value = self.value(node.pipe, dot)
+        if go_truth(value):
+            jump = self.walk(node.body, value if node.kind == "with" else dot)
+        else:
+            jump = self.walk(node.other, dot)
+        del self.variables[mark:]
+        return jump
+
+    def walk_range(self, node: GoNode, dot: Any) -> str:
+        """Write the body of a {{range}} for each element."""
+        mark, jump, ran = len(self.variables), "", False
+        names = node.pipe.names if node.pipe else ()
+        for pair in self.elements(self.value(node.pipe, dot), len(names)):
+            self.spend(1)
+            depth, ran = len(self.variables), True
+            for name, value in zip(names, pair[-len(names):]):
+                self.find_variable(name)[1] = value
+            jump = self.walk(node.body, pair[1])
+            del self.variables[depth:]
+            if jump == "break":
+                break
+        jump = "" if ran else self.walk(node.other, dot)
+        del self.variables[mark:]
+        return jump
+
+    def elements(self, value: Any, names: int) -> Iterable[Tuple[Any, Any]]:
+        """Return the keys and elements to go through."""
+        kind = go_kind(value)
+        if kind == "slice":
+            return enumerate(value)
+        if kind == "map":
+            return [(key, value[key]) for key in sorted(value)]
+        if kind == "int" and names < 2:
+            return ((None, number) for number in range(value))
+        if kind == "invalid":
+            return ()
+        raise TemplateError(f"range can't iterate over type {go_type(value)}"
+                            + (" with two variables" if kind == "int" else ""))
+
+    def walk_template(self, node: GoNode, dot: Any) -> None:
+        """Write another template, which sees no variable but its own $."""
+        if node.text not in self.templates:
+            raise TemplateError(f"template {go_quote(node.text)} is not defined")
+        if self.depth >= MAX_TEMPLATE_DEPTH:
+            raise TemplateError("templates call each other too deeply")
+        value = self.value(node.pipe, dot)
+        variables, self.variables = self.variables, [["$", value]]
+        self.depth += 1
+        self.walk(self.templates[node.text], value)
+        self.depth -= 1
+        self.variables = variables
+
+    def find_variable(self, name: str) -> List[Any]:
+        """Return the innermost variable of that name, as [name, value]."""
+        return next(pair for pair in reversed(self.variables) if pair[0] == name)
+
+    def value(self, pipe: Optional[GoPipe], dot: Any) -> Any:
+        """Run the commands of a pipeline; set its variables; nil if there is none."""
+        if pipe is None:
+            return None
+        value = NO_VALUE
+        for term, args in pipe.commands:
+            value = self.evaluate(term, dot, args, value)
+        for name in pipe.names:
+            if pipe.assigns:
+                self.find_variable(name)[1] = value
+            else:
+                self.variables.append([name, value])
+        self.place = pipe.place
+        return value
+
+    def evaluate(self, term: GoTerm, dot: Any, args: Sequence[GoTerm] = (), final: Any = NO_VALUE
+                 ) -> Any:
+        """Return the value of a term, or what it says to arguments and the value from the left."""
+        self.spend(1)
+        last = [] if final is NO_VALUE else [final]
+        if term.kind == "function" and term.value in ("and", "or") and not term.names:
+            return self.decide(term, dot, args, last)
+        given = [self.evaluate(arg, dot) for arg in args] + last
+        self.place = term.place
+        if given and not term.names and term.kind != "function":
+            raise TemplateError("can't give an argument to what is no function")
+        value = TERM_RULES[term.kind](self, term, dot, [] if term.names else given)
+        for left, name in zip(range(len(term.names), 0, -1), term.names):
+            value = self.field(value, name, given if left == 1 else [])
+        return value
+
+    def decide(self, term: GoTerm, dot: Any, args: Sequence[GoTerm], last: List[Any]) -> Any:
+        """Return the first argument of `and` or `or` that decides, else the last."""
+        value = None
+        for arg in args:
+            value = self.evaluate(arg, dot)
+            if go_truth(value) == (term.value == "or"):
+                return value
+        if not args and not last:
+            raise TemplateError(f"wrong number of arguments for {term.value}: got 0")
+        return last[0] if last else value
+
+    def field(self, value: Any, name: str, given: List[Any]) -> Any:
+        """Return a field of a value, or the result of a method."""
+        method = GO_METHODS.get(type(value), {}).get(name)
+        if method:
+            return self.call(name, method, given, value)
+        if value is None:
+            return None
+        if not isinstance(value, dict) or isinstance(value, GoStruct) and name not in value:
+            raise TemplateError(f"can't evaluate field {name} in type {go_type(value)}")
+        if given:
+            raise TemplateError(f"{name} is not a method but has arguments")
+        return value.get(name)
+
+    def call(self, name: str, function: GoFunction, given: List[Any], *target: Any) -> Any:
+        """Call a function with arguments of the kinds it takes; count what that costs."""
+        least = len(function.kinds) - function.variadic
+        if len(given) < least or len(given) > least and not function.variadic:
+            raise TemplateError(f"wrong number of arguments for {name}: wants {least}"
+                                f"{' or more' if function.variadic else ''}, got {len(given)}")
+        for value, kind in zip(given, itertools.chain(function.kinds, itertools.repeat("any"))):
+            if not ARGUMENT_KINDS[kind](value):
+                raise TemplateError(f"wrong type for {name}: wants {kind}, got {go_type(value)}")
+        self.spend(1 + sum(len(text) >> TEXT_STEP for text in given if isinstance(text, str)))
+        result = function.call(*[self] * function.wants_run, *target, *given)
+        if isinstance(result, str):
+            self.produce(len(result))
+            self.spend(len(result) >> TEXT_STEP)
+        elif isinstance(result, (list, dict)):
+            self.spend(len(result) >> ELEMENT_STEP)
+        return result
+
+
+NODE_RULES: Dict[str, Callable[[Rendering, GoNode, Any], Optional[str]]] = {
+    "plain": lambda run, node, dot: run.write(node.text), "action": Rendering.walk_action,
+    "jump": lambda run, node, dot: node.text, "if": Rendering.walk_branch,
+    "with": Rendering.walk_branch, "range": Rendering.walk_range,
+    "template": Rendering.walk_template}
+TERM_RULES: Dict[str, Callable[[Rendering, GoTerm, Any, List[Any]], Any]] = {
+    "constant": lambda run, term, dot, given: term.value,
+    "dot": lambda run, term, dot, given: dot,
+    "variable": lambda run, term, dot, given: run.find_variable(term.value)[1],
+    "pipe": lambda run, term, dot, given: run.value(term.value, dot),
+    "function": lambda run, term, dot, given: run.call(
+        term.value, TEMPLATE_FUNCTIONS[term.value], given)}
+ARGUMENT_KINDS: Dict[str, Callable[[Any], bool]] = {
+    "any": lambda value: True,
+    "string": lambda value: isinstance(value, str),
+    "int": lambda value: go_kind(value) == "int",
+    "bool": lambda value: isinstance(value, bool),
+    "list": lambda value: go_kind(value) == "slice",
+    "map": lambda value: go_kind(value) == "map",
+    "time": lambda value: isinstance(value, GoTime)}
+
+
+class Template:
+    """A template in Go's language, ready to be rendered; TemplateError if it cannot be read."""
+
+    def __init__(self, text: str, name: str = "template") -> None:
+        self.text, self.name = text, name
+        try:
+            self.templates = TemplateParser(text).parse_all(name)
+        except TemplateError as error:
+            raise error.locate(name, text, error.place) from None
+
+    def render(self, fields: Mapping[str, Any], world: Surroundings = NO_SURROUNDINGS,
+               max_output: int = MAX_TEMPLATE_OUTPUT, max_steps: int = MAX_TEMPLATE_STEPS) -> str:
+        """Return the text for these fields; raise TemplateError, also where a bound is passed."""
+        run, dot = Rendering(self.templates, world, max_output, max_steps), GoStruct(fields)
+        run.variables.append(["$", dot])
+        try:
+            run.walk(self.templates[self.name], dot)
+        except TemplateError as error:
+            raise error.locate(self.name, self.text, run.place) from None
+        except RecursionError:                      # the depth left depends on who called
+            raise TemplateError("nested too deeply").locate(
+                self.name, self.text, run.place) from None
+        return go_text(go_bytes("".join(run.output)))
+
+    def check(self, sample: Mapping[str, Any], world: Surroundings = NO_SURROUNDINGS) -> None:
+        """Raise TemplateError if the template fails for sample fields, as one that names others."""
+        self.render(sample, world)
+
+
+# -- Templates: regular expressions, as RE2 reads them and in linear time --
+#
+# https://github.com/google/re2/wiki/Syntax. Python's re takes exponential time on some patterns, so
+# it only looks at single characters here; each pair of instruction and position is tried once.
+
+MAX_REGEX_STEPS = 1000000     # pairs tried in one search; about a second
+MAX_REGEX_SIZE = 5000         # instructions of one pattern
+MAX_REGEX_REPEAT = 1000       # as in RE2
+REGEX_CHAR = re.compile(r"""(?xs)
+    (?P<test>\\[AzbB]|\^|\$)
+  | \\x(?:\{(?P<wide>[0-9A-Fa-f]{1,6})\}|(?P<code>[0-9A-Fa-f]{2}))
+  | (?P<escape>\\[dDwWsSaftnrv]|\\[!-/:-@\[-`{-~]|\.)
+  | \[(?P<not>\^?)(?P<set>\]?(?:\[:\w+:\]|\\.|[^\]\\])*)\]
+  | (?P<plain>[^\\()*+?|\[])""")
+SET_ITEM = re.compile(r"(?s)\[:(\w+):\]|(\\[dDwWsSaftnrvx]|\\[^A-Za-z0-9])|(\\.)|([\[\]&~|])")
+REGEX_GROUP = re.compile(r"(?a)\((?:\?(?:P?<([A-Za-z_]\w*)>|([ims]*)(?:-([ims]+))?([:)]))|(?!\?))")
+REGEX_REPEAT = re.compile(r"([*+?]|\{([0-9]{1,4})(,([0-9]{0,4}))?\})(\??)")
+POSIX_SETS = {"alpha": "A-Za-z", "digit": "0-9", "alnum": "0-9A-Za-z", "upper": "A-Z",
+              "lower": "a-z", "space": r"\t\n\v\f\r ", "word": "0-9A-Za-z_", "blank": r"\t ",
+              "xdigit": "0-9A-Fa-f", "punct": r"!-/:-@\[-`{-~"}
+RE_TRY, RE_SPLIT, RE_JUMP, RE_SAVE, RE_MATCH = range(5)
+RegexStep = Tuple[int, Any, Any]     # what to do; a test and its source, ways to go, or a number
+
+
+class GoRegex:
+    """A regular expression in RE2's syntax; made by go_regex. TemplateError for any other."""
+
+    def __init__(self, pattern: str) -> None:
+        self.pattern, self.place, self.depth = pattern, 0, 0
+        self.groups: List[Optional[str]] = [None]
+        self.steps: List[RegexStep] = [*self.parse_choice(""), (RE_MATCH, None, None)]
+        if self.place < len(pattern):
+            raise self.fault("unexpected )")
+        start = itertools.takewhile(lambda step: step[0] in (RE_TRY, RE_SAVE), self.steps)
+        self.start = re.compile("".join(step[2] for step in start if step[0] == RE_TRY))
+
+    def fault(self, reason: str) -> TemplateError:
+        """Return an error about the pattern."""
+        return TemplateError(f"regular expression {go_quote(self.pattern[:80])}: {reason}")
+
+    def parse_choice(self, flags: str) -> List[RegexStep]:
+        """Read alternatives up to a closing parenthesis."""
+        steps, flags = self.parse_sequence(flags)
+        if self.pattern[self.place:self.place + 1] != "|":
+            return steps
+        self.place += 1
+        other = self.parse_choice(flags)
+        return [(RE_SPLIT, 1, len(steps) + 2), *steps, (RE_JUMP, len(other) + 1, None), *other]
+
+    def parse_sequence(self, flags: str) -> Tuple[List[RegexStep], str]:
+        """Read what stands one behind the other; return it, and the flags set at its end."""
+        steps: List[RegexStep] = []
+        while self.pattern[self.place:self.place + 1] not in ("", "|", ")"):
+            group = REGEX_GROUP.match(self.pattern, self.place)
+            if group:
+                self.place = group.end()
+                inner = "".join(sorted(set(flags + (group.group(2) or ""))
+                                       - set(group.group(3) or "")))
+                if group.group(4) == ")":
+                    flags = inner
+                    continue
+            piece = self.parse_group(inner, group) if group else [self.parse_char(flags)]
+            steps += self.parse_repeat(piece)
+            if len(steps) > MAX_REGEX_SIZE:
+                raise self.fault("too large")
+        return steps, flags
+
+    def parse_group(self, flags: str, group: "re.Match[str]") -> List[RegexStep]:
+        """Read a group from behind its opening on."""
+        number = 2 * len(self.groups)
+        self.groups += [group.group(1)] if not group.group(4) else []
+        self.depth += 1
+        if self.depth > MAX_TEMPLATE_DEPTH:
+            raise self.fault("nested too deeply")
+        steps = self.parse_choice(flags)
+        if self.pattern[self.place:self.place + 1] != ")":
+            raise self.fault("missing )")
+        self.place += 1
+        self.depth -= 1
+        if group.group(4):
+            return steps
+        return [(RE_SAVE, number, None), *steps, (RE_SAVE, number + 1, None)]
+
+    def parse_char(self, flags: str) -> RegexStep:
+        """Read one character, class, or test of a position."""
+        match = REGEX_CHAR.match(self.pattern, self.place)
+        if not match:
+            raise self.fault(f"cannot read {self.pattern[self.place:][:10]!r}")
+        self.place = match.end()
+        source = self.translate(match, flags)
+        # \w and its like are ASCII in RE2, but cases are not.
+        flags += "a" if re.search(r"\\[dDwWsSbB]", source) else ""
+        source = f"(?{flags}:{source})" if flags else source
+        try:
+            return RE_TRY, re.compile(source).match, source
+        except re.error as error:
+            raise self.fault(str(error)) from None
+
+    def translate(self, match: "re.Match[str]", flags: str) -> str:
+        """Return the pattern of one character as Python writes it."""
+        text, kind = match.group(), match.lastgroup
+        if kind == "test":
+            return text if "m" in flags and text in "^$" else \
+                {"^": r"\A", "$": r"\Z", r"\z": r"\Z"}.get(text, text)
+        if kind in ("wide", "code"):
+            return re.escape(chr(min(int(match.group(kind), 16), 0x10FFFF)))
+        if kind == "set":
+            return f"[{match.group('not')}{SET_ITEM.sub(self.translate_set, match.group('set'))}]"
+        return text if kind == "escape" else re.escape(text)
+
+    def translate_set(self, match: "re.Match[str]") -> str:
+        """Return one item of a character class as Python writes it."""
+        name, escape, bad, char = match.groups()
+        if bad or name and name not in POSIX_SETS:
+            raise self.fault(f"cannot read {match.group()}")
+        return POSIX_SETS[name] if name else escape or "\\" + char
+
+    def parse_repeat(self, piece: List[RegexStep]) -> List[RegexStep]:
+        """Read how often a piece may come; return it so often."""
+        match = REGEX_REPEAT.match(self.pattern, self.place)
+        if not match:
+            return piece
+        self.place = match.end()
+        sign, low, comma, high, lazy = match.groups()
+        least = int(low) if low else int(sign == "+")
+        most = None if sign in "*+" or comma and not high else int(high or low or 1)
+        if REGEX_REPEAT.match(self.pattern, self.place) or max(least, most or 0) > MAX_REGEX_REPEAT:
+            raise self.fault("bad repetition")
+        if len(piece) * max(least, most or 1) > MAX_REGEX_SIZE or most is not None and most < least:
+            raise self.fault("bad repetition")
+        ways = (lambda skip: (RE_SPLIT, skip, 1)) if lazy else (lambda skip: (RE_SPLIT, 1, skip))
+        steps = piece * least
+        if most is None:
+            return [*steps, ways(len(piece) + 2), *piece, (RE_JUMP, -len(piece) - 1, None)]
+        for left in range(most - least, 0, -1):
+            steps += [ways(left * (len(piece) + 1)), *piece]
+        return steps
+
+    def search(self, run: Rendering, text: str, start: int) -> Optional[Dict[int, int]]:
+        """Return where the first match from start on begins and ends, then where its groups do."""
+        tried: Set[Tuple[int, int]] = set()
+        limit = min(MAX_REGEX_STEPS, run.steps << ELEMENT_STEP)
+        saved, candidate = None, self.start.search(text, start)
+        while candidate and saved is None:
+            saved = self.match_at(text, candidate.start(), tried, limit)
+            candidate = self.start.search(text, candidate.start() + 1) \
+                if candidate.start() < len(text) else None
+        run.spend(len(tried) >> ELEMENT_STEP)
+        return saved
+
+    def match_at(self, text: str, start: int, tried: Set[Tuple[int, int]], limit: int
+                 ) -> Optional[Dict[int, int]]:
+        """Return the positions of the match that RE2 would find there."""
+        todo: List[Tuple[int, int, Any]] = [(0, start, None)]
+        while todo:
+            at, place, saved = todo.pop()
+            while (at, place) not in tried:
+                tried.add((at, place))
+                kind, first, second = self.steps[at]
+                if kind == RE_TRY:
+                    found = first(text, place)
+                    if not found:
+                        break
+                    at, place = at + 1, found.end()
+                elif kind == RE_SPLIT:
+                    todo.append((at + second, place, saved))
+                    at += first
+                elif kind == RE_JUMP:
+                    at += first
+                elif kind == RE_SAVE:
+                    at, saved = at + 1, (first, place, saved)
+                else:
+                    return self.positions(start, place, saved)
+            if len(tried) > limit:
+                raise self.fault("takes too long on this text")
+        return None
+
+    def positions(self, start: int, end: int, saved: Any) -> Dict[int, int]:
+        """Return the latest position noted under each number."""
+        found = {0: start, 1: end}
+        while saved:
+            number, place, saved = saved
+            found.setdefault(number, place)
+        return found
+
+    def find_all(self, run: Rendering, text: str) -> Iterator[Dict[int, int]]:
+        """Yield all matches; as in Go, an empty one right behind another does not count."""
+        place, end = 0, -1
+        while place <= len(text):
+            run.spend(1)
+            found = self.search(run, text, place)
+            if found is None:
+                return
+            if found[1] > found[0] or found[0] != end:
+                yield found
+            end = found[1]
+            place = end + (found[1] == found[0])
+
+    def expand(self, text: str, found: Dict[int, int], template: str) -> str:
+        """Return a replacement, $1, ${1} and ${name} filled in."""
+        def fill(match: "re.Match[str]") -> str:
+            name = match.group(1) or match.group(2)
+            if not name:
+                return "$"
+            number = int(name) if re.fullmatch("0|[1-9][0-9]{0,8}", name) else \
+                self.groups.index(name) if name in self.groups else -1
+            return text[found[2 * number]:found[2 * number + 1]] if 2 * number in found else ""
+        return re.sub(r"(?a)\$(?:\$|(\w+)|\{(\w+)\})", fill, template)
+
+
+@functools.lru_cache(maxsize=64)
+def go_regex(pattern: str) -> GoRegex:
+    """Return a regular expression ready for use."""
+    if len(pattern) > MAX_REGEX_SIZE:
+        raise TemplateError("the regular expression is too long")
+    return GoRegex(pattern)
+
+
+# -- Templates: the functions; one whose first parameter is named run is given the Rendering --
+
+TEMPLATE_FUNCTIONS: Dict[str, GoFunction] = {}
+GO_SPACES = " \t\n\v\f\r\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + \
+    "".join(map(chr, range(0x2000, 0x200B)))
+WORD_START = re.compile(r"(?:\A|(?<=[\x00-/:-@\[-^`{-\x7f\s]))\w")
+HTML_ESCAPES = (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ('"', "&#34;"), ("'", "&#39;"),
+                ("\0", "\ufffd"))
+JS_ESCAPES = {"\\": "\\\\", "'": "\\'", '"': '\\"'}
+GO_ORDERED = {"int", "float64", "string"}
+GO_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
+
+
+def go_function(kinds: str, call: Callable[..., Any]) -> GoFunction:
+    """Describe a function by the kinds of its arguments; `any...` stands for any number more."""
+    names = call.__code__.co_varnames if isinstance(call, types.FunctionType) else ()
+    return GoFunction(call, tuple(kinds.replace("...", "").split()), "..." in kinds,
+                      names[:1] == ("run",))
+
+
+def template_function(name: str, kinds: str) -> Callable[[Any], Any]:
+    """Enter a function under its name in templates."""
+    def enter(call: Any) -> Any:
+        TEMPLATE_FUNCTIONS[name] = go_function(kinds, call)
+        return call
+    return enter
+
+
+def go_equal(first: Any, second: Any) -> bool:
+    """Compare two values as eq does; raise TemplateError for kinds that cannot be."""
+    kinds = {go_kind(first), go_kind(second)}
+    if "invalid" in kinds:
+        return len(kinds) == 1
+    if len(kinds) > 1 or kinds & {"slice", "map"}:
+        raise TemplateError(f"can't compare {go_type(first)} and {go_type(second)}")
+    return bool(first == second)
+
+
+def go_less(first: Any, second: Any) -> bool:
+    """Compare two values as lt does."""
+    if go_kind(first) != go_kind(second) or go_kind(first) not in GO_ORDERED:
+        raise TemplateError(f"can't compare {go_type(first)} and {go_type(second)}")
+    return bool(first < second)
+
+
+@template_function("index", "any any...")
+def go_index(value: Any, *indexes: Any) -> Any:
+    """Return an element of a list or map, an element of that, and so on."""
+    if value is None:
+        raise TemplateError("index of nil")
+    for index in indexes:
+        if go_kind(value) == "map" and isinstance(index, str):
+            value = value.get(index, [] if isinstance(value, GoHeader) else None)
+        elif go_kind(value) in ("slice", "string") and go_kind(index) == "int":
+            items = go_bytes(value) if isinstance(value, str) else value
+            if not 0 <= index < len(items):
+                raise TemplateError(f"index out of range: {index}")
+            value = items[index]
+        else:
+            raise TemplateError(f"can't index {go_type(value)} with {go_type(index)}")
+    return value
+
+
+@template_function("slice", "any any...")
+def go_slice(value: Any, *indexes: Any) -> Any:
+    """Return a part of a list, or of a string by bytes."""
+    items = go_bytes(value) if isinstance(value, str) else value
+    if go_kind(value) not in ("slice", "string") or len(indexes) > 3 - isinstance(value, str):
+        raise TemplateError(f"can't slice {go_type(value)} by {len(indexes)} indexes")
+    if any(go_kind(index) != "int" for index in indexes):
+        raise TemplateError("can't slice by what is no number")
+    bounds = [0, *indexes, len(items)] if indexes else [0, 0, len(items)]
+    if bounds != sorted(bounds):
+        raise TemplateError("slice index out of range")
+    part = items[bounds[1]:bounds[2]]
+    return go_text(part) if isinstance(part, bytes) else part
+
+
+@template_function("len", "any")
+def go_len(value: Any) -> int:
+    """Return a length, of a string in bytes."""
+    if go_kind(value) not in ("slice", "map", "string"):
+        raise TemplateError(f"len of type {go_type(value)}")
+    return len(go_bytes(value)) if isinstance(value, str) else len(value)
+
+
+def go_plain(run: Rendering, values: Sequence[Any]) -> str:
+    """Return what html, js and urlquery escape."""
+    return go_print(run, *("<no value>" if value is None else value for value in values))
+
+
+@template_function("js", "any...")
+def go_js(run: Rendering, *values: Any) -> str:
+    """Escape for a string of JavaScript."""
+    def escape(match: "re.Match[str]") -> str:
+        char = match.group()
+        if char in JS_ESCAPES or (char > "~" and char.isprintable()):
+            return JS_ESCAPES.get(char, char)
+        return f"\\u{ord(char):04X}"
+    return re.sub(r"[^ !#-%(-;?-\[\]-~]", escape, go_plain(run, values))
+
+
+def go_string(run: Rendering, value: Any) -> str:
+    """Return a value as text."""
+    return value if isinstance(value, str) else go_format(run, GoFormat(), value)
+
+
+def go_strings(run: Rendering, value: Any) -> List[str]:
+    """Return the elements that are not nil as texts; what is no list counts as one."""
+    values = value if go_kind(value) == "slice" else [value]
+    return [go_string(run, element) for element in values if element is not None]
+
+
+def go_int64(value: int) -> int:
+    """Return a number as 64 bits hold it."""
+    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def go_int(value: Any) -> int:
+    """Return any value as a whole number, 0 if it is none."""
+    if isinstance(value, str):
+        try:
+            value = read_number(re.sub(r"\.0+\Z", "", value[:100]))
+        except TemplateError:
+            return 0
+        return value if isinstance(value, int) else 0
+    if isinstance(value, float):
+        return int(value) if abs(value) < 1 << 63 else -1 << 63
+    return go_int64(value) if isinstance(value, int) else 0
+
+
+def go_float(value: Any) -> float:
+    """Return any value as a floating point number, 0 if it is none."""
+    if isinstance(value, str):
+        number = re.fullmatch(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?", value[:400])
+        return float(value[:400]) if number else 0.0
+    return float(go_int64(value) if isinstance(value, int) else value) \
+        if isinstance(value, (int, float)) else 0.0
+
+
+def go_divide(first: Any, second: Any) -> Tuple[int, int]:
+    """Return quotient and remainder, the quotient cut toward zero."""
+    dividend, divisor = go_int(first), go_int(second)
+    if not divisor:
+        raise TemplateError("integer divide by zero")
+    quotient = abs(dividend) // abs(divisor) * (1 if (dividend < 0) == (divisor < 0) else -1)
+    return go_int64(quotient), dividend - quotient * divisor
+
+
+@template_function("until", "int")
+def go_until(run: Rendering, count: int) -> List[int]:
+    """Count from 0 to a number, without it."""
+    run.spend(abs(count))
+    return list(range(0, count, 1 if count >= 0 else -1))
+
+
+@template_function("repeat", "int string")
+def go_repeat(run: Rendering, count: int, text: str) -> str:
+    """Repeat a text."""
+    if count < 0:
+        raise TemplateError("negative repeat count")
+    run.produce(count * len(text))
+    return text * count
+
+
+@template_function("replace", "string string string")
+def go_replace(run: Rendering, old: str, new: str, text: str) -> str:
+    """Replace a text within another everywhere."""
+    if len(new) > len(old):
+        run.produce(text.count(old) * (len(new) - len(old)))
+    return text.replace(old, new)
+
+
+@template_function("indent", "int string")
+def go_indent(run: Rendering, count: int, text: str) -> str:
+    """Put spaces before each line."""
+    pad = go_repeat(run, count, " ")
+    return pad + go_replace(run, "\n", "\n" + pad, text)
+
+
+@template_function("substr", "int int string")
+def go_substr(start: int, end: int, text: str) -> str:
+    """Return the bytes from start to end, of which one may be open."""
+    data = go_bytes(text)
+    end = len(data) if start >= 0 and not 0 <= end <= len(data) else end
+    if not max(start, 0) <= end <= len(data):
+        raise TemplateError("substr: index out of range")
+    return go_text(data[max(start, 0):end])
+
+
+@template_function("wrap", "int string")
+def go_wrap(width: int, text: str) -> str:
+    """Break lines at spaces, so that none is longer than so many bytes if that can be."""
+    data, lines, place, width = go_bytes(text), [], 0, max(width, 1)
+    while len(data) - place > width:
+        if data[place] == 0x20:
+            place += 1
+            continue
+        space = data.rfind(b" ", place, place + width + 1)
+        space = space if space >= 0 else data.find(b" ", place + width)
+        if space < 0:
+            break
+        lines.append(data[place:space])
+        place = space + 1
+    return go_text(b"\n".join([*lines, data[place:]]))
+
+
+def go_upper(text: str) -> str:
+    """Return text in capitals, each character for itself."""
+    if text.isascii():
+        return text.upper()
+    return "".join(char.upper() if len(char.upper()) == 1 else char for char in text)
+
+
+@template_function("splitList", "string string")
+def go_split(run: Rendering, separator: str, text: str) -> List[str]:
+    """Return the parts of a text."""
+    run.spend(text.count(separator) >> ELEMENT_STEP)
+    return text.split(separator) if separator else list(text)
+
+
+@template_function("join", "string any")
+def go_join(run: Rendering, separator: str, values: Any) -> str:
+    """Put texts together, a separator between them."""
+    parts = go_strings(run, values)
+    run.produce(len(parts) * len(separator))
+    return separator.join(parts)
+
+
+@template_function("toJson", "any")
+def go_to_json(run: Rendering, value: Any, step: str = "") -> str:
+    """Return a value as JSON, nothing if it has none."""
+    pieces = []
+    try:
+        for piece in go_json(value, step):
+            run.spend(1)
+            run.produce(len(piece))
+            pieces.append(piece)
+    except ValueError:
+        return ""
+    return "".join(pieces)
+
+
+@template_function("fromJson", "string")
+def go_from_json(run: Rendering, text: str) -> Any:
+    """Return the value of a JSON text, nil if it is none."""
+    run.spend(len(text) >> ELEMENT_STEP)
+    try:
+        return json.loads(text, object_hook=GoMap, parse_int=float, parse_constant=int)
+    except (ValueError, RecursionError):          # int refuses NaN and Infinity
+        return None
+
+
+@template_function("b64dec", "string")
+def go_b64dec(text: str) -> str:
+    """Decode base64; say so if it is none."""
+    try:
+        return go_text(base64.b64decode(go_bytes(re.sub(r"[\r\n]", "", text)), validate=True))
+    except ValueError:
+        return "illegal base64 data"
+
+
+@template_function("dateInZone", "string any string")
+def go_date(run: Rendering, layout: str, value: Any, zone: str = "Local") -> str:
+    """Format a time, or seconds since 1970; what is neither stands for now."""
+    found = run.world.zones(zone) or datetime.timezone.utc
+    try:
+        moment = GO_EPOCH + datetime.timedelta(seconds=value) if go_kind(value) == "int" else \
+            value.moment if isinstance(value, GoTime) else run.world.now()
+        return format_time(moment.astimezone(found), layout)
+    except OverflowError:
+        raise TemplateError("the time is out of range") from None
+
+
+@template_function("regexFindAll", "string string int")
+def go_regex_find(run: Rendering, pattern: str, text: str, count: int = 1) -> List[str]:
+    """Return what a pattern matches, at most so many if the count is not negative."""
+    found = go_regex(pattern).find_all(run, text)
+    return [text[at[0]:at[1]] for at in itertools.islice(found, count if count >= 0 else None)]
+
+
+@template_function("regexReplaceAll", "string string string")
+def go_regex_replace(run: Rendering, pattern: str, text: str, template: str) -> str:
+    """Replace what a pattern matches; $1 stands for the first group."""
+    regex, end, out = go_regex(pattern), 0, []
+    for found in regex.find_all(run, text):
+        out += [text[end:found[0]], regex.expand(text, found, template)]
+        run.produce(len(out[-1]))
+        end = found[1]
+    return "".join(out) + text[end:]
+
+
+@template_function("dict", "any...")
+def go_dict(run: Rendering, *values: Any) -> GoMap:
+    """Make a map of keys and values."""
+    keys = [go_string(run, key) for key in values[::2]]
+    return GoMap(itertools.zip_longest(keys, values[1::2], fillvalue=""))
+
+
+@template_function("set", "map string any")
+def go_set(target: Dict[str, Any], key: str, value: Any) -> Dict[str, Any]:
+    """Change a map that the template made."""
+    if not isinstance(target, GoMap):
+        raise TemplateError("only a map that the template made can be changed")
+    target[key] = value
+    return target
+
+
+@template_function("unset", "map string")
+def go_unset(target: Dict[str, Any], key: str) -> Dict[str, Any]:
+    """Remove a key from a map that the template made."""
+    go_set(target, key, None).pop(key)
+    return target
+
+
+def go_identity(run: Rendering, value: Any) -> str:
+    """Return a text that is the same for values of the same kind and content."""
+    return go_kind(value) + go_to_json(run, value)
+
+
+@template_function("uniq", "list")
+def go_uniq(run: Rendering, values: Sequence[Any]) -> List[Any]:
+    """Return each element once."""
+    found: Dict[str, Any] = {}
+    for value in values:
+        found.setdefault(go_identity(run, value), value)
+    return list(found.values())
+
+
+@template_function("fail", "string")
+def go_fail(reason: str) -> NoReturn:
+    """Stop with an error."""
+    raise TemplateError(reason)
+
+
+PLAIN_FUNCTIONS: Dict[str, Tuple[str, Callable[..., Any]]] = {
+    "and": ("any...", go_fail), "or": ("any...", go_fail),      # Rendering.decide stands for them
+    "not": ("any", lambda value: not go_truth(value)),
+    "eq": ("any any any...", lambda first, *others: any(go_equal(first, v) for v in others)),
+    "ne": ("any any", lambda a, b: not go_equal(a, b)),
+    "lt": ("any any", go_less),
+    "le": ("any any", lambda a, b: not go_less(b, a)),
+    "gt": ("any any", lambda a, b: go_less(b, a)),
+    "ge": ("any any", lambda a, b: not go_less(a, b)),
+    "print": ("any...", go_print),
+    "printf": ("string any...", go_sprintf),
+    "println": ("any...", lambda run, *given: " ".join(
+        go_format(run, GoFormat(), value) for value in given) + "\n"),
+    "html": ("any...", lambda run, *given: functools.reduce(
+        lambda text, pair: text.replace(*pair), HTML_ESCAPES, go_plain(run, given))),
+    "urlquery": ("any...", lambda run, *given: urllib.parse.quote_plus(
+        go_bytes(go_plain(run, given)))),
+    "default": ("any any...", lambda other, *given: next(filter(go_truth, given[:1]), other)),
+    "empty": ("any", lambda value: not go_truth(value)),
+    "coalesce": ("any...", lambda *given: next(filter(go_truth, given), None)),
+    "ternary": ("any any bool", lambda yes, no, test: yes if test else no),
+    "env": ("string", lambda run, name: run.world.env.get(name, "")),
+    "trim": ("string", lambda s: s.strip(GO_SPACES)),
+    "trimAll": ("string string", lambda chars, s: s.strip(chars)),
+    "trimSuffix": ("string string", lambda end, s: s[:len(s) - len(end)] if s.endswith(end) else s),
+    "trimPrefix": ("string string", lambda start, s: s[len(start):] if s.startswith(start) else s),
+    "nospace": ("string", lambda s: s.translate(dict.fromkeys(map(ord, GO_SPACES)))),
+    "upper": ("string", go_upper),
+    "lower": ("string", str.lower),
+    "title": ("string", lambda s: WORD_START.sub(lambda match: go_upper(match.group()), s)),
+    "untitle": ("string", lambda s: re.sub(r"(?<!\S)\w", lambda match: match.group().lower(), s)),
+    "contains": ("string string", lambda part, s: part in s),
+    "hasPrefix": ("string string", lambda start, s: s.startswith(start)),
+    "hasSuffix": ("string string", lambda end, s: s.endswith(end)),
+    "trunc": ("int string", lambda count, s: go_text(
+        go_bytes(s)[:count] if count >= 0 else go_bytes(s)[count:])),
+    "nindent": ("int string", lambda run, count, s: "\n" + go_indent(run, count, s)),
+    "split": ("string string", lambda run, separator, s: GoMap(
+        (f"_{index}", part) for index, part in enumerate(go_split(run, separator, s)))),
+    "quote": ("any...", lambda run, *given: " ".join(map(go_quote, go_strings(run, given)))),
+    "squote": ("any...", lambda run, *given: " ".join(f"'{s}'" for s in go_strings(run, given))),
+    "cat": ("any...", lambda run, *given: " ".join(go_strings(run, given))),
+    "toString": ("any", go_string),
+    "toPrettyJson": ("any", lambda run, value: go_to_json(run, value, "  ")),
+    "b64enc": ("string", lambda s: base64.b64encode(go_bytes(s)).decode()),
+    "sha256sum": ("string", lambda s: hashlib.sha256(go_bytes(s)).hexdigest()),
+    "now": ("", lambda run: GoTime(run.world.now())),
+    "uuidv4": ("", lambda run: run.world.uuid()),
+    "date": ("string any", go_date),
+    "htmlDate": ("any", lambda run, time: go_date(run, "2006-01-02", time)),
+    "unixEpoch": ("time", lambda time:
+                  str((time.moment - GO_EPOCH) // datetime.timedelta(seconds=1))),
+    "regexMatch": ("string string", lambda run, pattern, s:
+                   go_regex(pattern).search(run, s, 0) is not None),
+    "regexFind": ("string string", lambda run, pattern, s: "".join(go_regex_find(run, pattern, s))),
+    "list": ("any...", lambda *values: list(values)),
+    "first": ("list", lambda values: values[0] if values else None),
+    "last": ("list", lambda values: values[-1] if values else None),
+    "rest": ("list", lambda values: list(values[1:])),
+    "initial": ("list", lambda values: list(values[:-1])),
+    "append": ("list any", lambda values, value: [*values, value]),
+    "prepend": ("list any", lambda values, value: [value, *values]),
+    "reverse": ("list", lambda values: list(values[::-1])),
+    "sortAlpha": ("any", lambda run, values: sorted(go_strings(run, values))),
+    "has": ("any list", lambda run, needle, values:
+            go_identity(run, needle) in (go_identity(run, value) for value in values)),
+    "get": ("map string", lambda values, key: values.get(key, "")),
+    "hasKey": ("map string", lambda values, key: key in values),
+    "keys": ("map", sorted),
+    "add": ("any...", lambda *values: go_int64(sum(map(go_int, values)))),
+    "add1": ("any", lambda value: go_int64(go_int(value) + 1)),
+    "sub": ("any any", lambda a, b: go_int64(go_int(a) - go_int(b))),
+    "mul": ("any any...", lambda *values: functools.reduce(
+        lambda product, value: go_int64(product * go_int(value)), values, 1)),
+    "div": ("any any", lambda a, b: go_divide(a, b)[0]),
+    "mod": ("any any", lambda a, b: go_divide(a, b)[1]),
+    "max": ("any any...", lambda *values: max(map(go_int, values))),
+    "min": ("any any...", lambda *values: min(map(go_int, values))),
+    "int": ("any", go_int),
+    "int64": ("any", go_int),
+    "float64": ("any", go_float),
+    "atoi": ("string", lambda s: max(GO_INTS[0], min(int(s), GO_INTS[-1]))
+             if re.fullmatch("[+-]?[0-9]{1,30}", s) else 0),
+    "kindOf": ("any", go_kind),
+    "typeOf": ("any", go_type)}
+TEMPLATE_FUNCTIONS.update((name, go_function(*plain)) for name, plain in PLAIN_FUNCTIONS.items())
+TIME_METHODS: Dict[str, Tuple[str, Callable[..., Any]]] = {
+    "Format": ("string", lambda time, layout: format_time(time.moment, layout)),
+    "String": ("", lambda time: format_time(time.moment, GO_STRING)),
+    "UTC": ("", lambda time: GoTime(time.moment.astimezone(datetime.timezone.utc))),
+    "Local": ("", lambda run, time: GoTime(time.moment.astimezone(
+        run.world.zones("Local") or datetime.timezone.utc))),
+    "Unix": ("", lambda time: (time.moment - GO_EPOCH) // datetime.timedelta(seconds=1)),
+    "UnixMilli": ("", lambda time: (time.moment - GO_EPOCH) // datetime.timedelta(milliseconds=1)),
+    "Year": ("", lambda time: time.moment.year),
+    "Month": ("", lambda time: GoMonth(time.moment.month)),
+    "Day": ("", lambda time: time.moment.day),
+    "YearDay": ("", lambda time: time.moment.timetuple().tm_yday),
+    "Weekday": ("", lambda time: GoWeekday(time.moment.isoweekday() % 7)),
+    "Hour": ("", lambda time: time.moment.hour),
+    "Minute": ("", lambda time: time.moment.minute),
+    "Second": ("", lambda time: time.moment.second),
+    "Nanosecond": ("", lambda time: time.moment.microsecond * 1000),
+    "Before": ("time", lambda time, other: time.moment < other.moment),
+    "After": ("time", lambda time, other: time.moment > other.moment),
+    "Equal": ("time", lambda time, other: time.moment == other.moment)}
+GO_METHODS: Dict[type, Dict[str, GoFunction]] = {
+    GoTime: {name: go_function(*method) for name, method in TIME_METHODS.items()},
+    GoHeader: {"Get": go_function("string", lambda header, name:
+                                  (header.get(canonical_name(name)) or [""])[0])}}
+
+
 # =====================================================================================
 # 3. Mail: envelopes, replies, header fields and MIME structure
 #
@@ -802,6 +2625,7 @@ class Envelope(NamedTuple):
     protocol: str = "SMTP"       # the word behind "with" in Received (RFC 3848)
     tls: str = ""                # version and cipher, or nothing
     ident: str = ""              # session and transaction, as in the log
+    key: str = ""                # what its deliveries are known by; made when empty
 
 
 class Reply(NamedTuple):
@@ -1191,9 +3015,10 @@ COUNT_CACHE = 256             # filters whose counts are remembered
 SAMPLE = 500                  # messages from which the frequency of trigrams is learned
 SAMPLE_TEXT = 100             # characters of each text that are looked at
 RARE = 2                      # a trigram in so many of them, or fewer, is rare
+MAX_WEBHOOKS = 10000          # all of them are in memory
 MAX_TREE_TEXT = 4 << 20       # characters of text in the body tree of one message
 
-SCHEMA = 1
+SCHEMA = 2
 MIGRATIONS = ("""
 CREATE TABLE meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE message (
@@ -1222,7 +3047,30 @@ CREATE TABLE attachment (message INTEGER, number INTEGER, hash TEXT NOT NULL,
                          filename TEXT NOT NULL, mime TEXT NOT NULL, size INTEGER NOT NULL,
                          PRIMARY KEY (message, number)) WITHOUT ROWID;
 CREATE INDEX attachment_hash ON attachment (hash);
-""",)
+""", """
+CREATE TABLE outbox (                      -- what is to leave, has left, or could not
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    message INTEGER,                       -- none, or gone: then the payload says it all
+    target TEXT NOT NULL,                  -- "url", a further URL, "mail DOMAIN" or "webhook ID"
+    key TEXT NOT NULL,                     -- the same with each attempt
+    event TEXT NOT NULL,                   -- arrival, deletion, read, test; or bounce
+    recipients TEXT NOT NULL,              -- of mail, those that are left, one a line
+    payload BLOB,                          -- what is sent, where no message is there to make it of
+    only INTEGER NOT NULL,                 -- the message goes with the last of its deliveries
+    created INTEGER NOT NULL,              -- milliseconds since 1970, as is `due`
+    state TEXT NOT NULL DEFAULT 'waiting',
+    due INTEGER NOT NULL,                  -- when to try; once it is over, when to forget it
+    attempts INTEGER NOT NULL DEFAULT 0,
+    error TEXT NOT NULL DEFAULT '');
+CREATE INDEX outbox_waiting ON outbox (target, due, id) WHERE state = 'waiting';
+CREATE INDEX outbox_over ON outbox (due) WHERE state <> 'waiting';
+CREATE INDEX outbox_message ON outbox (message) WHERE message IS NOT NULL;
+CREATE TABLE webhook (
+    id TEXT PRIMARY KEY, mailbox TEXT NOT NULL, url TEXT NOT NULL, events TEXT NOT NULL,
+    enabled INTEGER NOT NULL, created INTEGER NOT NULL, failures INTEGER NOT NULL,
+    last_error TEXT NOT NULL);
+CREATE INDEX webhook_mailbox ON webhook (mailbox);
+""")
 SEARCH_TABLE = """CREATE VIRTUAL TABLE IF NOT EXISTS search USING fts5(
     sender, recipients, subject, content='', tokenize='trigram case_sensitive 1')"""
 # The writer's own: what is inserted here goes to both tables.
@@ -1756,12 +3604,21 @@ def first_values(fields: Iterable[Sequence[str]]) -> Dict[str, str]:
 
 # -- The store itself --
 
+class Onward(NamedTuple):
+    """A delivery that a message begins with, made by Delivery."""
+    target: str
+    recipients: Tuple[str, ...] = ()
+    only: bool = False                  # the message is not to stay once it is delivered
+
+
 class Incoming(NamedTuple):
     """A message to keep. `content` is the bytes as received, or a finished Spool."""
     envelope: Envelope
     trace: bytes
     subject: str
     content: Union[bytes, Spool]
+    onward: Sequence[Onward] = ()
+    key: str = ""                       # what the deliveries are known by; made when empty
 
 
 Done = Callable[[Any, Optional[BaseException]], None]    # done(result, error), on any thread
@@ -1827,6 +3684,7 @@ class Store:
             if isinstance(error, OSError):
                 raise SettingsError(f"--media_path {media_path}: {reason(error)}") from None
             raise
+        self.outbox = Outbox(self)
         self.listeners: List[Callable[[], None]] = []
         self.version = 0                 # grows with each change that lists show
         self.figures: Dict[str, float] = collections.defaultdict(float)   # the writer's own
@@ -2002,16 +3860,18 @@ class Store:
         begun = time.perf_counter()
         self.look_for_file()
         incoming = [job.work for job in jobs if isinstance(job.work, Incoming)]
+        sole = len(incoming) == len(jobs) and not self.outbox.concerns(incoming)
         try:
             if self.is_lost:
                 raise StoreError(f"{self.db_path} was removed or replaced; put it back or restart")
-            if len(incoming) < len(jobs):
+            if not sole:
                 self.db.execute("BEGIN IMMEDIATE")
             results = self.perform(jobs, incoming)
-            if len(incoming) < len(jobs):
+            if not sole:
                 self.db.execute("COMMIT")
         except Exception as error:      # a border: the job's caller hears of it
             self.draft = self.totals
+            self.outbox.fresh.clear()
             self.roll_back()
             if isinstance(error, sqlite3.IntegrityError):
                 self.load_state()       # another program has written here
@@ -2028,6 +3888,7 @@ class Store:
         before, self.totals = self.totals, self.draft
         if before._replace(indexed=0) != self.totals._replace(indexed=0):
             self.tell()
+        self.outbox.tell()
         # Those who wait for messages are told in one go: each wake-up of the loop's thread, while
         # this one still runs, is a fight for the interpreter's lock.
         self.hand_over([(job.done, result) for job, result in zip(jobs, results)
@@ -2064,7 +3925,7 @@ class Store:
         received = max(draft.last_time, int(self.now() * 1000))
         first = draft.last_id + 1
         rows: List[Any] = []
-        for ident, (envelope, trace, subject, content) in enumerate(incoming, first):
+        for ident, (envelope, trace, subject, content, *_) in enumerate(incoming, first):
             if isinstance(content, Spool):
                 if not self.media.has(content.hash):
                     raise StoreError("its file was removed as a message like it went away")
@@ -2076,6 +3937,7 @@ class Store:
         count = len(incoming)
         self.db.execute("INSERT INTO arrival VALUES (?,?,?,?,?,?,?,?,?,?)"
                         + ",(?,?,?,?,?,?,?,?,?,?)" * (count - 1), rows)
+        self.outbox.add_arrivals(self.db, first, received, incoming)
         self.draft = draft._replace(last_id=draft.last_id + count, last_time=received,
                                     first_id=draft.first_id or first, total=draft.total + count)
         return range(first, first + count)
@@ -2295,6 +4157,11 @@ class Store:
         """Return the raw message as a Source. Raises KeyError if there is none."""
         return Kept(self, ident).source()
 
+    def trace_length(self, ident: int) -> Optional[int]:
+        """Return how many bytes the fields take that were put on top of a message."""
+        row = self.read_one("SELECT length(trace) FROM content WHERE id = ?", (ident,))
+        return row[0] if row else None
+
     def peer(self, ident: int) -> str:
         """Return the address a message came from."""
         row = self.read_one("SELECT peer FROM content WHERE id = ?", (ident,))
@@ -2332,9 +4199,12 @@ class Store:
     def set_read(self, ident: int, is_read: int) -> bool:
         """Set the read state; return False if there is no such message."""
         def work(db: sqlite3.Connection) -> bool:
-            row = db.execute("SELECT is_read FROM message WHERE id = ?", (ident,)).fetchone()
-            if row and row[0] != is_read:
+            row = db.execute(f"SELECT {MESSAGE} FROM message AS m WHERE id = ?",
+                             (ident,)).fetchone()
+            if row and Message(*row).is_read != is_read:
                 db.execute("UPDATE message SET is_read = ? WHERE id = ?", (is_read, ident))
+                if is_read:
+                    self.outbox.add_event(db, "read", Message(*row))
                 draft = self.draft
                 self.draft = draft._replace(marks=draft.marks + 1, read_count=draft.read_count
                                             + (1 if is_read else -1))
@@ -2355,6 +4225,8 @@ class Store:
             "SELECT hash FROM attachment WHERE message = ? UNION "
             "SELECT file FROM content WHERE id = ? AND file IS NOT NULL", (ident, ident))]
         self.unindex(db, message)
+        self.outbox.add_event(db, "deletion", message)
+        self.outbox.message_goes(db, ident)
         for table, column in (("message", "id"), ("content", "id"), ("digest", "id"),
                               ("attachment", "message")):
             db.execute(f"DELETE FROM {table} WHERE {column} = ?", (ident,))
@@ -2470,10 +4342,8 @@ class Store:
     def digest_one(self, ident: int) -> Optional[Digest]:
         """Digest one message; None if it is gone."""
         try:
-            row = self.read_one("SELECT length(trace) FROM content WHERE id = ?", (ident,))
-            if row is None:
-                return None
-            return Digester(self.media, self.raw(ident), row[0]).run()
+            length = self.trace_length(ident)
+            return None if length is None else Digester(self.media, self.raw(ident), length).run()
         except KeyError:
             return None
         except Unreadable as error:
@@ -2528,6 +4398,304 @@ class Store:
                        "FROM message WHERE id BETWEEN ? AND ?", (ids[0], ids[-1]))
         self.draft = self.draft._replace(indexed=ids[-1] if ids else last)
         return len(ids)
+
+
+# -- The outbox: what is to leave --
+
+class Entry(NamedTuple):
+    """A row of the outbox."""
+    id: int
+    message: Optional[int]
+    target: str
+    key: str
+    event: str
+    recipients: str
+    payload: Any
+    only: int
+    created: int
+    state: str
+    due: int
+    attempts: int
+    error: str
+
+
+ENTRY = ", ".join(Entry._fields)
+STATES = ("waiting", "delivered", "failed")
+
+
+class Webhook(NamedTuple):
+    """A row of the webhook table; `events` are words with blanks between."""
+    id: str
+    mailbox: str
+    url: str
+    events: str
+    enabled: int
+    created: int
+    failures: int
+    last_error: str
+
+
+class Outbox:
+    """The deliveries to come and their fate; made by Store, whose writer makes every change."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.fresh: Set[str] = set()    # targets of rows of the transaction that is open
+        self.hear: Callable[[Set[str]], None] = lambda targets: None    # of them, once committed
+        self.failure_limit = 50         # failed attempts in a row that disable a webhook
+        self.remember = 86400           # seconds
+        self.hooks_changed = False      # in the transaction that is open, or one that failed
+        self.load_webhooks(store.db)
+
+    def load_webhooks(self, db: sqlite3.Connection) -> None:
+        """Learn who is to hear of events; on the writer's thread."""
+        hooks: Dict[str, List[Webhook]] = {}
+        for row in db.execute("SELECT * FROM webhook WHERE enabled = 1"):
+            hooks.setdefault(row[1], []).append(Webhook(*row))
+        self.hooks = hooks              # by mailbox, at most MAX_WEBHOOKS
+
+    def concerns(self, incoming: Sequence[Incoming]) -> bool:
+        """Would any of these messages have a row here?"""
+        return bool(self.hooks) or any(message.onward for message in incoming)
+
+    def tell(self) -> None:
+        """Take note of what is committed now, and let the couriers know of new rows."""
+        if self.hooks_changed:
+            self.hooks_changed = False
+            self.load_webhooks(self.store.db)
+        if self.fresh:
+            fresh, self.fresh = self.fresh, set()
+            self.hear(fresh)
+
+    # -- Adding rows, inside the transaction of what they tell of --
+
+    def add_arrivals(self, db: sqlite3.Connection, first: int, now: int,
+                     incoming: Sequence[Incoming]) -> None:
+        """Add the deliveries of messages that have just been inserted."""
+        rows: List[Tuple[Any, ...]] = []
+        for ident, message in enumerate(incoming, first):
+            key = message.key or (str(uuid.uuid4()) if message.onward or self.hooks else "")
+            rows += [(ident, onward.target, key, "arrival", "\n".join(onward.recipients), None,
+                      onward.only, now, now) for onward in message.onward]
+            rows += self.event_rows("arrival", ident, message.envelope.recipients, key, now, None)
+        self.add_rows(db, rows)
+
+    def event_rows(self, event: str, ident: int, mailboxes: Iterable[str], key: str, now: int,
+                   payload: Optional[str]) -> List[Tuple[Any, ...]]:
+        """Return the rows that tell webhooks of an event."""
+        return [(ident, f"webhook {hook.id}", key, event, hook.mailbox, payload, 0, now, now)
+                for mailbox in dict.fromkeys(map(mailbox_name, mailboxes if self.hooks else ()))
+                for hook in self.hooks.get(mailbox, ()) if event in hook.events.split()]
+
+    def add_rows(self, db: sqlite3.Connection, rows: Sequence[Tuple[Any, ...]]) -> None:
+        """Insert rows."""
+        for start in range(0, len(rows), 100):
+            part = rows[start:start + 100]
+            db.execute("INSERT INTO outbox (message, target, key, event, recipients, payload, "
+                       "only, created, due) VALUES "
+                       + ",".join(["(?,?,?,?,?,?,?,?,?)"] * len(part)),
+                       [value for row in part for value in row])
+        self.fresh.update(row[1] for row in rows)
+
+    def add_event(self, db: sqlite3.Connection, event: str, message: Message) -> None:
+        """Tell the webhooks of a message's mailboxes that it was read or is being deleted."""
+        payload = json_text(message._asdict()) if event == "deletion" and self.hooks else None
+        self.add_rows(db, self.event_rows(event, message.id, message.recipients.split("\n"),
+                                          str(uuid.uuid4()), int(self.store.now() * 1000), payload))
+
+    def message_goes(self, db: sqlite3.Connection, ident: int) -> None:
+        """End what cannot be delivered once a message is gone; a job of the writer."""
+        self.give_up(db, "the message was deleted", "message = ? AND payload IS NULL", ident)
+        db.execute("UPDATE outbox SET message = NULL WHERE message = ?", (ident,))
+
+    def give_up(self, db: sqlite3.Connection, why: str, which: str, value: Any) -> None:
+        """Have deliveries fail that wait; a job of the writer."""
+        db.execute("UPDATE outbox SET state = 'failed', error = ?, due = ? WHERE state = 'waiting' "
+                   "AND " + which, (why, self.forget_at("failed"), value))
+
+    def forget_at(self, state: str) -> int:
+        """Return until when what is over now is remembered, in milliseconds."""
+        seconds = self.remember * (10 if state == "failed" else 1)
+        return int((self.store.now() + seconds) * 1000)
+
+    def send(self, target: str, event: str, payload: Any, recipients: str = "") -> int:
+        """Add a delivery of its own; return its id."""
+        now = int(self.store.now() * 1000)
+
+        def work(db: sqlite3.Connection) -> int:
+            self.add_rows(db, [(None, target, str(uuid.uuid4()), event, recipients, payload, 0, now,
+                                now)])
+            return db.execute("SELECT last_insert_rowid()").fetchone()[0]
+        return self.store.change(work)
+
+    # -- For the couriers --
+
+    def waiting(self) -> Dict[str, int]:
+        """Return when the first delivery of each target is due, in milliseconds."""
+        found: Dict[str, int] = {}
+        target = ""
+        while True:                     # from target to target by the index, not row by row
+            row = self.store.read_one("SELECT target, due FROM outbox WHERE state = 'waiting' AND "
+                                      "target > ? ORDER BY target, due LIMIT 1", (target,))
+            if row is None:
+                return found
+            target = row[0]
+            found[target] = row[1]
+
+    def take(self, target: str, lane: int, lanes: int, limit: int) -> List[Entry]:
+        """Return the first deliveries of a lane: every row of a target belongs to one of them."""
+        return [Entry(*row) for row in self.store.read_rows(
+            f"SELECT {ENTRY} FROM outbox WHERE state = 'waiting' AND target = ? AND "
+            "(? = 1 OR id % ? = ?) ORDER BY due, id LIMIT ?",
+            (target, lanes, lanes, lane, limit))]
+
+    def settle(self, entries: Sequence[Entry]) -> None:
+        """Write down what became of deliveries, and forget messages that are only forwarded."""
+        def work(db: sqlite3.Connection) -> None:
+            db.executemany("UPDATE outbox SET state = ?, due = ?, attempts = ?, error = ?, "
+                           "recipients = ? WHERE id = ? AND state = 'waiting'",
+                           [(entry.state, entry.due, entry.attempts, entry.error,
+                             entry.recipients, entry.id) for entry in entries])
+            for entry in entries:
+                if entry.target.startswith("webhook "):
+                    self.count_failures(db, entry)
+        self.store.change(work)
+
+    def count_failures(self, db: sqlite3.Connection, entry: Entry) -> None:
+        """Note how a webhook fares; a job of the writer."""
+        if entry.state == "delivered":
+            db.execute("UPDATE webhook SET failures = 0, last_error = '' WHERE id = ? AND "
+                       "failures > 0", (entry.target[8:],))
+        else:
+            db.execute("UPDATE webhook SET failures = failures + 1, last_error = ? WHERE id = ?",
+                       (entry.error, entry.target[8:]))
+            if db.execute("UPDATE webhook SET enabled = 0 WHERE id = ? AND enabled = 1 AND "
+                          "failures >= ?", (entry.target[8:], self.failure_limit)).rowcount:
+                self.hooks_changed = True
+                self.give_up(db, "the webhook is disabled", "target = ?", entry.target)
+                log.error("outbox: %s is disabled after %d failures: %s", entry.target,
+                          self.failure_limit, entry.error)
+
+    def purge(self, limit: int = 500) -> int:
+        """Forget what is over and has been remembered long enough; return how much it was."""
+        now = int(self.store.now() * 1000)
+
+        def work(db: sqlite3.Connection) -> int:
+            rows = db.execute("SELECT id, message, only AND state = 'delivered' FROM outbox WHERE "
+                              "state <> 'waiting' AND due <= ? ORDER BY due LIMIT ?",
+                              (now, limit)).fetchall()
+            for ident, message, only in rows:
+                db.execute("DELETE FROM outbox WHERE id = ?", (ident,))
+                if only and not db.execute("SELECT 1 FROM outbox WHERE message = ?",
+                                           (message,)).fetchone():
+                    self.store.delete_row(message, db)
+            return len(rows)
+        return self.store.change(work)
+
+    # -- For the operator --
+
+    def find(self, state: str = "", target: str = "", after: int = 0, count: int = 50,
+             ) -> List[Entry]:
+        """Return deliveries, oldest first."""
+        return [Entry(*row) for row in self.store.read_rows(
+            f"SELECT {ENTRY} FROM outbox WHERE id > ? AND (? = '' OR state = ?) AND "
+            "(? = '' OR target = ?) ORDER BY id LIMIT ?",
+            (after, state, state, target, target, count))]
+
+    def counts(self) -> Dict[str, int]:
+        """Return the number of deliveries in each state."""
+        return {state: self.store.read_rows("SELECT count(*) FROM outbox WHERE state = ?",
+                                            (state,))[0][0] for state in STATES}
+
+    def retry(self, ident: int) -> bool:
+        """Have a delivery that failed or waits tried now; False if there is none."""
+        now = int(self.store.now() * 1000)
+
+        def work(db: sqlite3.Connection) -> bool:
+            row = db.execute("SELECT target, message, payload FROM outbox WHERE id = ? AND "
+                             "state <> 'delivered'", (ident,)).fetchone()
+            if row is None:
+                return False
+            db.execute("UPDATE outbox SET state = 'waiting', due = ?, created = ?, attempts = 0 "
+                       "WHERE id = ?", (now, now, ident))
+            self.fresh.add(row[0])
+            return True
+        return self.store.change(work)
+
+    def drop(self, ident: int) -> bool:
+        """Forget a delivery; False if there is none."""
+        return self.store.change(lambda db: db.execute(
+            "DELETE FROM outbox WHERE id = ?", (ident,)).rowcount > 0)
+
+    # -- Webhooks --
+
+    def webhook(self, ident: str) -> Optional[Webhook]:
+        """Return a webhook, or None."""
+        row = self.store.read_one("SELECT * FROM webhook WHERE id = ?", (ident,))
+        return Webhook(*row) if row else None
+
+    def webhooks(self, mailbox: str) -> List[Webhook]:
+        """Return the webhooks of a mailbox."""
+        return [Webhook(*row) for row in self.store.read_rows(
+            "SELECT * FROM webhook WHERE mailbox = ? ORDER BY created", (mailbox_name(mailbox),))]
+
+    def save_webhook(self, hook: Webhook) -> Webhook:
+        """Make a webhook, or change the one of that id; return it. Raises StoreError."""
+        def work(db: sqlite3.Connection) -> None:
+            db.execute("INSERT OR REPLACE INTO webhook VALUES (?,?,?,?,?,?,?,?)", hook)
+            if db.execute("SELECT count(*) FROM webhook").fetchone()[0] > MAX_WEBHOOKS:
+                raise StoreError(f"there are {MAX_WEBHOOKS} webhooks already")
+            self.hooks_changed = True
+        self.store.change(work)
+        return hook
+
+    def delete_webhook(self, ident: str) -> bool:
+        """Remove a webhook and what waits for it; False if there is none."""
+        def work(db: sqlite3.Connection) -> bool:
+            found = db.execute("DELETE FROM webhook WHERE id = ?", (ident,)).rowcount > 0
+            db.execute("DELETE FROM outbox WHERE target = ? AND state = 'waiting'",
+                       (f"webhook {ident}",))
+            self.hooks_changed = True
+            return found
+        return self.store.change(work)
+
+
+class Desk:
+    """The database of a server that may be running, for a command that changes a few rows."""
+
+    def __init__(self, path: str) -> None:
+        if not os.path.exists(path):
+            raise SettingsError(f"--db_path {path}: there is no such database")
+        try:
+            self.db = sqlite3.connect(path, isolation_level=None, timeout=10)
+            version = self.db.execute("PRAGMA user_version").fetchone()[0]
+        except sqlite3.Error as error:
+            raise SettingsError(f"--db_path {path}: {error}") from None
+        if version != SCHEMA:
+            raise SettingsError(f"--db_path {path}: is of another pegmail (schema {version}, this "
+                                f"one has {SCHEMA}); start the server once with this one")
+        self.now = time.time
+        self.outbox = Outbox(self)      # type: ignore[arg-type]
+
+    def change(self, work: Callable[[sqlite3.Connection], Any]) -> Any:
+        """Run work(connection) in a transaction; return its result."""
+        self.db.execute("BEGIN IMMEDIATE")
+        try:
+            result = work(self.db)
+            self.db.execute("COMMIT")
+            return result
+        except BaseException:
+            self.db.execute("ROLLBACK")
+            raise
+
+    def read_rows(self, sql: str, values: Sequence[Any] = ()) -> List[Any]:
+        """Return all rows of a query."""
+        return self.db.execute(sql, values).fetchall()
+
+
+def mailbox_name(address: str) -> str:
+    """Return an address as mailboxes are compared: without case, and without a subaddress."""
+    return address.lower()
 
 
 def trigrams(text: str) -> Set[str]:
@@ -3193,7 +5361,341 @@ class Limits:
 
 
 # =====================================================================================
-# 6. Sessions: the protocols, without sockets
+# 6. Trust: asking the DNS
+#
+# A stub resolver: RFC 1035, 2181, 2308, 3596; MX for mail by RFC 5321 5.1 and 7505. It asks the
+# servers of resolv.conf and believes only answers to what it asked. Its calls block.
+# =====================================================================================
+
+DNS_ATTEMPTS = 2              # rounds over the servers, as in resolv.conf(5)
+MAX_SERVERS = 3               # MAXNS of resolv.conf(5)
+MAX_RECORDS = 500             # records read of one answer; more is an attack, not a zone
+MAX_NAME = 255                # RFC 1035 2.3.4
+MAX_POINTERS = 127            # a name has no more labels; more pointers go in circles
+MAX_ALIASES = 8               # CNAMEs followed; BIND and Unbound allow 11 to 16
+MAX_CACHE = 2000              # answers remembered
+MAX_TTL = 3600                # seconds; who changes an MX does not wait a day for us
+NEGATIVE_TTL = 60             # seconds; so short that the SOA (RFC 2308 5) need not be read
+MAX_TRIES = 20                # hosts, and addresses of them, tried for one message
+
+KINDS = {"A": 1, "CNAME": 5, "PTR": 12, "MX": 15, "TXT": 16, "AAAA": 28}
+NO_ERROR, NO_SUCH_NAME = 0, 3         # RFC 1035 4.1.1
+
+
+class DNSError(Exception):
+    """DNS gave no usable answer; it may give one later."""
+
+
+class NoSuchName(DNSError):
+    """The name does not exist, and that is certain."""
+
+
+class Undeliverable(Exception):
+    """DNS says for certain that a domain takes no mail; `reply` says why."""
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(reply.text)
+        self.reply = reply
+
+
+class Record(NamedTuple):
+    """One resource record; `value` depends on the kind and is None for kinds not in KINDS."""
+    name: str
+    kind: int
+    ttl: int
+    value: Any
+
+
+class DNSAnswer(NamedTuple):
+    """An answer: `question` is in wire form and lower case, as it is compared."""
+    ident: int
+    question: bytes
+    code: int
+    truncated: bool
+    records: Tuple[Record, ...]
+
+
+def encode_name(name: str) -> bytes:
+    """Return a domain name in wire form (RFC 1035 3.1); raise NoSuchName if none can be so named.
+
+    Labels may hold any printable ASCII; U-labels become A-labels.
+    """
+    text = name.rstrip(".") if name.isascii() else normalize_domain(name) or "\0"
+    labels = text.lower().encode("ascii").split(b".") if text else []
+    wire = b"".join(bytes([len(label) & 63]) + label for label in labels) + b"\0"
+    if len(wire) > MAX_NAME or not all(re.fullmatch(rb"[!-~]{1,63}", label) for label in labels):
+        raise NoSuchName(f"{clean_line(name, 80)} cannot be a domain name")
+    return wire
+
+
+def encode_query(ident: int, name: str, kind: str) -> bytes:
+    """Return a query with recursion desired (RFC 1035 4.1)."""
+    header = struct.pack(">6H", ident, 0x0100, 1, 0, 0, 0)
+    return header + encode_name(name) + struct.pack(">2H", KINDS[kind], 1)
+
+
+def decode_answer(data: bytes) -> DNSAnswer:
+    """Read an answer (RFC 1035 4.1); raise DNSError, and nothing else, if it is none."""
+    try:
+        ident, flags, questions, count = struct.unpack_from(">4H4x", data)
+        if flags & 0xF800 != 0x8000 or questions != 1:
+            raise DNSError("not an answer to one query")
+        place = decode_name(data, 12)[1] + 4
+        question, truncated = data[12:place].lower(), bool(flags & 0x0200)
+        records = []
+        for _ in range(0 if truncated else min(count, MAX_RECORDS)):
+            record, place = decode_record(data, place)
+            records.append(record)
+    except (struct.error, IndexError, ValueError) as error:
+        raise DNSError("the answer is malformed") from error
+    return DNSAnswer(ident, question, flags & 15, truncated, tuple(records))
+
+
+def decode_name(data: bytes, place: int) -> Tuple[str, int]:
+    """Return a name in lower case and the place behind it (RFC 1035 4.1.4).
+
+    Odd bytes in labels are written as \\DDD, so that a dot always is between labels.
+    """
+    labels: List[bytes] = []
+    end, size, pointers = 0, 1, 0
+    while data[place]:
+        length = data[place]
+        if length >= 0xC0:
+            end = end or place + 2
+            place = (length & 0x3F) << 8 | data[place + 1]
+            pointers += 1
+            if pointers > MAX_POINTERS:
+                raise DNSError("the compression pointers of a name do not end")
+            continue
+        size += length + 1
+        if length > 63 or size > MAX_NAME or place + length >= len(data):
+            raise DNSError("a name is too long")
+        labels.append(data[place + 1:place + 1 + length])
+        place += length + 1
+    return ".".join(map(label_text, labels)), end or place + 1
+
+
+def label_text(label: bytes) -> str:
+    """Return a label in lower case, odd bytes as \\DDD (RFC 1035 5.1)."""
+    return re.sub(r"[^!-\-/-\[\]-~]", lambda odd: f"\\{ord(odd.group()):03d}",
+                  label.decode("latin-1").lower())
+
+
+def decode_record(data: bytes, place: int) -> Tuple[Record, int]:
+    """Return a resource record and the place behind it (RFC 1035 4.1.3)."""
+    name, place = decode_name(data, place)
+    kind, klass, ttl, length = struct.unpack_from(">HHLH", data, place)
+    start, end = place + 10, place + 10 + length
+    if end > len(data):
+        raise DNSError("a record is cut off")
+    read = DECODERS.get(kind) if klass == 1 else None
+    ttl = ttl if ttl < 1 << 31 else 0             # RFC 2181 8
+    return Record(name, kind, ttl, read(data, start, end) if read else None), end
+
+
+def decode_text_record(data: bytes, start: int, end: int) -> str:
+    """Return the strings of a TXT record, joined (RFC 1035 3.3.14, RFC 7208 3.3)."""
+    text = b""
+    while start < end:
+        text += data[start + 1:min(start + 1 + data[start], end)]
+        start += 1 + data[start]
+    return text.decode("utf-8", "replace")
+
+
+def decode_address(data: bytes, start: int, end: int) -> str:
+    """Return the address of an A or AAAA record (RFC 1035 3.4.1, RFC 3596 2.2)."""
+    return str(ipaddress.ip_address(data[start:end]))
+
+
+DECODERS: Dict[int, Callable[[bytes, int, int], Any]] = {
+    KINDS["A"]: decode_address, KINDS["AAAA"]: decode_address, KINDS["TXT"]: decode_text_record,
+    KINDS["CNAME"]: lambda data, start, end: decode_name(data, start)[0],
+    KINDS["PTR"]: lambda data, start, end: decode_name(data, start)[0],
+    KINDS["MX"]: lambda data, start, end: (int.from_bytes(data[start:start + 2], "big"),
+                                           decode_name(data, start + 2)[0])}
+
+
+def follow_aliases(records: Sequence[Record], name: str, kind: int) -> Tuple[int, List[Any]]:
+    """Return the lowest TTL and the values at the end of the CNAMEs in an answer."""
+    aliases = {record.name: record for record in records
+               if record.kind == KINDS["CNAME"] and record.value is not None}
+    ttls = [MAX_TTL]
+    for _ in range(MAX_ALIASES):
+        found = [record for record in records if (record.name, record.kind) == (name, kind)]
+        if found or name not in aliases:
+            ttls += [record.ttl for record in found]
+            return min(ttls), [record.value for record in found if record.value is not None]
+        ttls.append(aliases[name].ttl)
+        name = aliases[name].value
+    raise DNSError(f"the aliases of {clean_line(name, 80)} do not end")
+
+
+def read_resolv_conf(path: str = "/etc/resolv.conf") -> List[str]:
+    """Return the name servers that resolv.conf(5) names, or this host."""
+    servers = []
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        for line in itertools.islice(file, 1000):
+            words = line.split()
+            if len(words) > 1 and words[0] == "nameserver":
+                servers.append(words[1])
+    return servers[:MAX_SERVERS] or ["127.0.0.1"]
+
+
+class Resolver:
+    """Asks the name servers of this host, and remembers answers; any thread may use it.
+
+    A server is written as an address, or address:port ([v6]:port).
+    """
+
+    def __init__(self, servers: Sequence[str], timeout: float = 5,
+                 now: Callable[[], float] = time.monotonic, random: Any = None) -> None:
+        self.servers = [host_port(server) for server in servers[:MAX_SERVERS]]
+        self.timeout = timeout                         # seconds, for each server asked
+        self.now = now
+        self.random = random or secrets.SystemRandom()
+        self.cache: Dict[Tuple[str, str], Tuple[float, Optional[List[Any]]]] = {}
+        self.lock = threading.Lock()
+
+    def query(self, name: str, kind: str) -> List[Any]:
+        """Return the values of that kind (a key of KINDS), none if the name has others only.
+
+        Raises NoSuchName, or DNSError when it cannot be told now. MX gives (preference, host).
+        """
+        key = (name.rstrip(".").lower(), kind)
+        with self.lock:
+            expires, values = self.cache.get(key, (0.0, None))
+        if expires <= self.now():
+            ttl, values = self.look_up(*key)
+            self.remember(key, ttl, values)
+        if values is None:
+            raise NoSuchName(f"{clean_line(name, 80)} does not exist")
+        return list(values)
+
+    def remember(self, key: Tuple[str, str], ttl: int, values: Optional[List[Any]]) -> None:
+        """Keep an answer for its time; when there are too many, the oldest goes."""
+        with self.lock:
+            self.cache.pop(key, None)
+            while len(self.cache) >= MAX_CACHE:
+                del self.cache[next(iter(self.cache))]
+            if ttl > 0:
+                self.cache[key] = self.now() + ttl, values
+
+    def look_up(self, name: str, kind: str) -> Tuple[int, Optional[List[Any]]]:
+        """Return a TTL and what DNS says: values, or None if there is no such name.
+
+        The server has followed all aliases, as it was asked to (RFC 1034 5.3.1).
+        """
+        name = decode_name(encode_name(name), 0)[0]        # in the form that answers have
+        answer = self.ask(name, kind)
+        ttl, values = follow_aliases(answer.records, name, KINDS[kind])
+        if values:
+            return ttl, values
+        return NEGATIVE_TTL, None if answer.code == NO_SUCH_NAME else []
+
+    def ask(self, name: str, kind: str) -> DNSAnswer:
+        """Return the first answer of a server that could give one."""
+        problem = "no name server is known"
+        for server in self.servers * DNS_ATTEMPTS:
+            try:
+                answer = self.ask_server(server, name, kind)
+            except (OSError, DNSError) as error:
+                problem = reason(error)
+                continue
+            if answer.code in (NO_ERROR, NO_SUCH_NAME):
+                return answer
+            problem = f"a name server answered with code {answer.code}"
+        raise DNSError(f"no answer from DNS for {kind} of {name}: {problem}")
+
+    def ask_server(self, server: Tuple[str, Optional[int]], name: str, kind: str) -> DNSAnswer:
+        """Ask one server by UDP, again by TCP if the answer did not fit (RFC 7766 5).
+
+        A new socket is a new port that nobody can guess, besides the number; connected, it takes
+        nothing from others (RFC 5452 9). What does not fit the query is passed over: the real
+        answer may follow.
+        """
+        query = encode_query(self.random.getrandbits(16), name, kind)
+        place = server[0], server[1] or 53
+        family = socket.AF_INET6 if ":" in server[0] else socket.AF_INET
+        deadline, answer = self.now() + self.timeout, None
+        with socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.connect(place)
+            sock.send(query)
+            while answer is None:
+                left = deadline - self.now()
+                if left <= 0:
+                    raise DNSError("no answer in time")
+                sock.settimeout(left)
+                answer = matching_answer(sock.recv(65535), query)
+        return self.ask_again(place, query) if answer.truncated else answer
+
+    def ask_again(self, place: Tuple[str, int], query: bytes) -> DNSAnswer:
+        """Ask one server by TCP (RFC 1035 4.2.2)."""
+        with socket.create_connection(place, self.timeout) as sock, sock.makefile("rb") as file:
+            sock.sendall(struct.pack(">H", len(query)) + query)
+            answer = matching_answer(file.read(int.from_bytes(file.read(2), "big")), query)
+        if answer is None or answer.truncated:
+            raise DNSError("the name server answered something else")
+        return answer
+
+    def addresses(self, host: str) -> List[str]:
+        """Return the addresses of a host, or of an address; none if there are none.
+
+        IPv4 comes first: many receivers treat mail over IPv6 as suspect. Raises DNSError.
+        """
+        with contextlib.suppress(ValueError):
+            return [str(ipaddress.ip_address(host))]
+        found: List[str] = []
+        problem = None
+        for kind in ("A", "AAAA"):
+            try:
+                found += self.query(host, kind)
+            except NoSuchName:
+                pass
+            except DNSError as error:
+                problem = error
+        if problem and not found:
+            raise problem
+        return found
+
+    def mail_hosts(self, domain: str) -> List[str]:
+        """Return the hosts to try for a domain or address literal, best first (RFC 5321 5.1).
+
+        A host is a name or an address, for `addresses`. Raises Undeliverable, or DNSError.
+        """
+        name = normalize_domain(domain)
+        if name is None:
+            raise Undeliverable(Reply(553, "5.1.3", "The domain is not valid"))
+        if name.startswith("["):
+            return [name[1:-1]]
+        try:
+            found = self.query(name, "MX")
+        except NoSuchName:
+            raise Undeliverable(Reply(550, "5.1.2", f"The domain {name} does not exist")) from None
+        if not found:
+            return [name]             # the implicit MX
+        if [host for _, host in found] == [""]:
+            raise Undeliverable(Reply(556, "5.1.10", f"The domain {name} accepts no mail"))
+        self.random.shuffle(found)    # equal ones by chance: sorting keeps their order
+        found.sort(key=lambda exchange: exchange[0])
+        hosts = dict.fromkeys(normalize_domain(host) or "" for _, host in found)
+        hosts.pop("", None)
+        if not hosts:
+            raise Undeliverable(Reply(550, "5.4.4", f"The MX of {name} names no host"))
+        return list(hosts)[:MAX_TRIES]
+
+
+def matching_answer(data: bytes, query: bytes) -> Optional[DNSAnswer]:
+    """Return the answer if it is one to this query (RFC 5452 9.1), else None."""
+    try:
+        answer = decode_answer(data)
+    except DNSError:
+        return None
+    same = answer.ident == int.from_bytes(query[:2], "big")
+    return answer if same and answer.question == query[12:].lower() else None
+
+
+# =====================================================================================
+# 7. Sessions: the protocols, without sockets
 #
 # SMTP: RFC 5321, 1870 (SIZE), 2034 and 5248 (status codes), 2920 (PIPELINING), 3030 (CHUNKING),
 # 3207 (STARTTLS), 6152 (8BITMIME), 6531 (SMTPUTF8), 9422 (LIMITS); LMTP: RFC 2033.
@@ -3444,6 +5946,7 @@ class SMTPSession(Session):
     """One SMTP or LMTP conversation; made by Server for each connection."""
 
     hello = "EHLO"
+    go_ahead = b"354 End with a line that holds a single dot\r\n"
 
     def __init__(self, app: Any, peer: str, ident: str) -> None:
         self.app = app
@@ -3456,6 +5959,7 @@ class SMTPSession(Session):
         self.lines = 0
         self.errors = 0
         self.kept = 0
+        self.key = ""                   # what the deliveries of the next message are known by
         self.tls = ""
         self.helo = ""
         self.esmtp = False
@@ -3486,7 +5990,7 @@ class SMTPSession(Session):
         """Answer commands until the end."""
         if self.proxy and self.settings.proxy_protocol:
             yield from self.read_proxy_header()
-        log.info("%s connected: %s", self.ident, self.peer)
+        self.note_begin()
         if not self.closing:
             self.write(self.greeting().encode())
         while not self.closing:
@@ -3502,6 +6006,20 @@ class SMTPSession(Session):
                 self.write_reply(reply)
             if len(self.outbox) > MAX_REPLIES:
                 yield DRAIN
+
+    def note_begin(self) -> None:
+        """Log the begin."""
+        log.info("%s connected: %s", self.ident, self.peer)
+
+    def note_kept(self, ident: int, sender: str, recipients: Sequence[str], body: Receiver) -> None:
+        """Log that a message is kept."""
+        log.info("%s kept: mail_id=%d from=<%s> to=%s size=%d", self.ident, ident, sender,
+                 len(recipients) if len(recipients) > 3 else recipients, body.size)
+
+    def note_end(self) -> None:
+        """Log the end."""
+        log.info("%s closed: %s, %d messages kept", self.ident, self.closing or "by the client",
+                 self.kept)
 
     def greeting(self) -> Reply:
         """Return the greeting (RFC 5321 4.3.1)."""
@@ -3557,8 +6075,7 @@ class SMTPSession(Session):
         self.drop_body()
         if not self.over:
             self.over = True
-            log.info("%s closed: %s, %d messages kept", self.ident,
-                     self.closing or "by the client", self.kept)
+            self.note_end()
 
     def read_command(self) -> Steps:
         """Wait for a command line; return its text without the line end (RFC 5321 4.1.1)."""
@@ -3623,8 +6140,11 @@ class SMTPSession(Session):
     def do_EHLO(self, arg: str) -> Reply:
         """Say hello and list the extensions (RFC 5321 4.1.1.1)."""
         self.greet(arg, True)
-        return Reply(250, "", "\n".join([f"{self.settings.hostname} hello {self.helo[:200]}"]
-                                        + self.extensions()))
+        return Reply(250, "", "\n".join([self.welcome()] + self.extensions()))
+
+    def welcome(self) -> str:
+        """Return the first line of EHLO."""
+        return f"{self.settings.hostname} hello {self.helo[:200]}"
 
     @smtp("HELO name")
     def do_HELO(self, arg: str) -> Reply:
@@ -3673,6 +6193,10 @@ class SMTPSession(Session):
                 raise SMTPError(555, "5.5.4", f"Parameter {name[:40]} is not known")
         self.check_ascii(text, utf8)
         self.sender, self.utf8, self.binary = text, utf8, binary
+        return self.sender_reply(text)
+
+    def sender_reply(self, sender: str) -> Reply:
+        """Return the reply to MAIL."""
         return SENDER_OK
 
     @smtp("RCPT TO:<address>", needs=(greeted, safe_enough, has_sender, no_chunks))
@@ -3690,6 +6214,10 @@ class SMTPSession(Session):
         if refusal is not None:
             raise SMTPError(*refusal)
         self.recipients.append(address.text)
+        return self.recipient_reply(address.text)
+
+    def recipient_reply(self, recipient: str) -> Reply:
+        """Return the reply to RCPT."""
         return RECIPIENT_OK
 
     def parse_path(self, word: str, arg: str, verb: str,
@@ -3724,7 +6252,7 @@ class SMTPSession(Session):
             raise SMTPError(503, "5.5.1", "BINARYMIME needs BDAT")      # RFC 3030 3
         self.body = self.new_receiver()
         self.receiving = True
-        self.write(b"354 End with a line that holds a single dot\r\n")
+        self.write(self.go_ahead)
         yield from self.read_message(self.body)
         return (yield from self.keep())
 
@@ -3818,7 +6346,7 @@ class SMTPSession(Session):
         assert body is not None
         try:
             content = yield from body.finish()
-            begun = self.sender, self.recipients
+            begun = self.sender or "", self.recipients
             ident = yield Ask(self.app.keep, (envelope, bytes(body.head), content))
         except StoreError as error:
             body.refuse_disk(error)
@@ -3828,9 +6356,9 @@ class SMTPSession(Session):
             self.reset()
         self.kept += 1
         self.errors = 0
-        log.info("%s kept: mail_id=%d from=<%s> to=%s size=%d", self.ident, ident,
-                 begun[0], len(begun[1]) if len(begun[1]) > 3 else begun[1], body.size)
-        return self.kept_reply(ident, count)
+        reply = self.kept_reply(ident, count)
+        self.note_kept(ident, *begun, body)
+        return reply
 
     def kept_reply(self, ident: int, count: int) -> Optional[Reply]:
         """Return the reply for a message that is kept."""
@@ -3840,7 +6368,7 @@ class SMTPSession(Session):
         """Return the envelope of this transaction."""
         return Envelope(self.sender or "", tuple(dict.fromkeys(self.recipients)), self.peer,
                         self.helo, self.protocol(), self.tls,
-                        f"{self.ident}.{self.kept + 1}")
+                        f"{self.ident}.{self.kept + 1}", self.key)
 
     def protocol(self) -> str:
         """Return the word behind "with" in Received (RFC 3848, RFC 6531 4.3)."""
@@ -4038,6 +6566,55 @@ class LMTPSession(SMTPSession):
             raise
 
 
+class PigeonSession(SMTPSession):
+    """SMTP in the words of smtp-pigeon, whose log is read by its users; made by Server for --url.
+
+    Each message has a number of its own, which is that of its delivery too.
+    """
+
+    go_ahead = b"354 2.0.0 Go ahead. End your data with <CR><LF>.<CR><LF>\r\n"
+
+    def note_begin(self) -> None:
+        """Log the begin of a message."""
+        self.key = self.ident = self.app.new_key()
+        log.info("%s: New session", self.ident)
+
+    def note_kept(self, ident: int, sender: str, recipients: Sequence[str], body: Receiver) -> None:
+        """Log that a message is kept, and begin with the next."""
+        log.info("%s: DATA: [redacted (%d bytes)]", self.ident, body.received)
+        self.note_begin()
+
+    def note_end(self) -> None:
+        """Log the end."""
+        log.info("%s: Session logout without POST", self.ident)
+
+    def greeting(self) -> Reply:
+        """Return the greeting."""
+        return Reply(220, "", f"{self.settings.hostname} ESMTP Service Ready")
+
+    def welcome(self) -> str:
+        """Return the first line of EHLO."""
+        return f"Hello {self.helo[:200]}"
+
+    def extensions(self) -> List[str]:
+        """Return the lines of EHLO, SIZE as the last."""
+        return sorted(super().extensions(), key=lambda line: line.startswith("SIZE "))
+
+    def sender_reply(self, sender: str) -> Reply:
+        """Log MAIL and return its reply."""
+        log.info("%s: MAIL: %s", self.ident, clean_line(sender))
+        return Reply(250, "2.0.0", f"Roger, accepting mail from <{sender}>")
+
+    def recipient_reply(self, recipient: str) -> Reply:
+        """Log RCPT and return its reply."""
+        log.info("%s: RCPT: %s", self.ident, clean_line(recipient))
+        return Reply(250, "2.0.0", f"I'll make sure <{recipient}> gets this")
+
+    def kept_reply(self, ident: int, count: int) -> Optional[Reply]:
+        """Return the reply for a message that is kept, and on its way."""
+        return Reply(250, "2.0.0", f"OK: queued as {ident}")
+
+
 def is_loopback(peer: str) -> bool:
     """Is this the address of the host itself?"""
     try:
@@ -4047,19 +6624,33 @@ def is_loopback(peer: str) -> bool:
 
 
 # =====================================================================================
-# 7. Delivery: from a received message to the store
+# 8. Delivery: from a received message to the store, and onward
 #
 # Intake is what a session knows of the world: who may be written to, where large content goes,
-# and how a message is kept.
+# and how a message is kept. What is to leave is a row of the outbox, committed with its message;
+# couriers take the rows, each target's in lanes of its own. Every connection that leaves goes
+# through a Door. RFC 9110 (HTTP).
 # =====================================================================================
+
+COURIERS = 16                 # threads; half of them at most for targets that fail
+PAGE = 50                     # deliveries that a lane takes from the outbox in one go
+SETTLE_SECONDS = 0.5          # after which what became of them is written down
+HOUSE_SECONDS = 5.0           # how often the outbox is looked through
+STOP_SECONDS = 5.0            # that a request under way may take when the server stops
+HEAVY = 1 << 20               # bytes of a message from which on few are sent at once
+HEAVY_AT_ONCE = 2
+MAX_ADDRESSES = 8             # of a host that are tried
+MAX_ANSWER = 64 << 10         # bytes of an answer that are read; no more and the connection ends
+MAX_REDIRECTS = 3             # that a 303 is followed
+
 
 class Intake:
     """The way of a message from its session to the store; made by Server."""
 
-    def __init__(self, settings: Settings, store: Store, loop: Loop) -> None:
+    def __init__(self, settings: Settings, store: Store, loop: Any = None) -> None:
         self.settings = settings
         self.store = store
-        self.loop = loop
+        self.loop = loop                # none for a message that comes without a session
         self.tls: Optional[ssl.SSLContext] = None
         self.domains = set(settings.server_host)
         self.refused: Dict[str, int] = collections.Counter()     # on the loop's thread only
@@ -4067,7 +6658,9 @@ class Intake:
         self.bytes = 0
         self.date: Tuple[int, str] = (0, "")
         self.jobs: List[Job] = []       # of this round of the loop; one a connection at most
-        store.hand_over = functools.partial(loop.call_soon, hear_all)
+        self.forwards = ([Forward("url")] if settings.url else []) + list(settings.forward_to)
+        if loop is not None:
+            store.hand_over = functools.partial(loop.call_soon, hear_all)
 
     def is_trusted_proxy(self, peer: str) -> bool:
         """May this peer speak for others?"""
@@ -4104,7 +6697,18 @@ class Intake:
         self.bytes += content.size if isinstance(content, Spool) else len(content)
         if not self.jobs:
             self.loop.call_soon(self.hand_in)
-        self.jobs.append(Job(Incoming(envelope, trace, read_subject(head), content), done))
+        self.jobs.append(Job(Incoming(
+            envelope, trace, read_subject(head), content,
+            self.plan(envelope) if self.forwards else (), envelope.key), done))
+
+    def new_key(self) -> str:
+        """Return what a message and its deliveries are to be known by."""
+        return str(uuid.uuid4())
+
+    def plan(self, envelope: Envelope) -> List[Onward]:
+        """Return where a message goes on to."""
+        return [make_onward(forward.target, self.settings.forward_only)
+                for forward in self.forwards if is_for(forward, envelope)]
 
     def hand_in(self) -> None:
         """Give the writer the messages of this round, and so wake it once."""
@@ -4117,6 +6721,21 @@ class Intake:
         if self.date[0] != second:
             self.date = second, email.utils.formatdate(second).replace("-0000", "+0000")
         return self.date[1]
+
+
+def is_for(forward: Forward, envelope: Envelope) -> bool:
+    """Does a message go where this says?"""
+    return (fnmatch.fnmatchcase(envelope.sender.lower(), forward.sender.lower())
+            and any(fnmatch.fnmatchcase(recipient.lower(), forward.to.lower())
+                    for recipient in envelope.recipients))
+
+
+def make_onward(target: str, only: bool) -> Onward:
+    """Return the delivery to a target that the operator named."""
+    if not target.lower().startswith("mailto:"):
+        return Onward(target, (), only)
+    address = target[7:]
+    return Onward("mail " + (normalize_domain(address.rpartition("@")[2]) or ""), (address,), only)
 
 
 def ignore(result: Any, error: Optional[BaseException]) -> None:
@@ -4134,8 +6753,1414 @@ def is_in_networks(address: str, networks: Iterable[Any]) -> bool:
     return any(ip in network_ for network_ in networks)
 
 
+# -- The one way out --
+
+class Forbidden(OSError):
+    """A connection would lead where this request may not go."""
+
+
+def embedded_addresses(address: str) -> List[Any]:
+    """Return an IP address and those that it stands for (mapped, NAT64, 6to4, Teredo)."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if ip.version == 4:
+        return [ip]
+    if ip.ipv4_mapped:
+        return [ip.ipv4_mapped]
+    low = int(ip) & 0xFFFFFFFF
+    return ([ip] + ([ip.sixtofour] if ip.sixtofour else []) + list(ip.teredo or ())
+            + [ipaddress.IPv4Address(low) for network_ in TRANSLATED
+               if ip in network_ and low > 0xFFFF])         # else it is :: or ::1
+
+
+TRANSLATED = tuple(map(ipaddress.ip_network, (
+    "64:ff9b::/96", "64:ff9b:1::/48", "::/96")))            # RFC 6052, 8215, 4291 2.5.5.1
+
+
+def is_public(ip: Any) -> bool:
+    """Is this an address of the Internet, where anybody may be sent?"""
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified)
+
+
+class Door:
+    """Makes every connection that leaves this host; made by Couriers.
+
+    `allowed` None lets it lead anywhere: the operator named the target. Otherwise only to public
+    addresses and these networks. What is checked is the address that is then connected to.
+    """
+
+    def __init__(self, allowed: Optional[Sequence[Any]] = None) -> None:
+        self.allowed = allowed
+
+    def may_reach(self, address: str) -> bool:
+        """May a connection lead to this IP address?"""
+        allowed = self.allowed
+        return allowed is None or all(is_public(ip) or any(ip in network_ for network_ in allowed)
+                                      for ip in embedded_addresses(address))
+
+    def check_name(self, host: str) -> None:
+        """Raise Forbidden if a proxy should not be sent there, as far as the name is known here."""
+        with contextlib.suppress(socket.gaierror, UnicodeError):
+            found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+            if not any(self.may_reach(str(entry[4][0])) for entry in found):
+                raise Forbidden(f"{host} is no public address")
+
+    def connect(self, host: str, port_: int, seconds: float) -> socket.socket:
+        """Return a connection. Raises OSError, Forbidden if no address of the host is allowed."""
+        problem: OSError = OSError(f"{host} has no address")
+        try:
+            found = socket.getaddrinfo(host, port_, type=socket.SOCK_STREAM)
+        except UnicodeError:
+            raise OSError(f"{ascii(host)} is not a host name") from None
+        for family, kind, protocol, _, address in found[:MAX_ADDRESSES]:
+            if not self.may_reach(str(address[0])):
+                problem = Forbidden(f"{host} is {address[0]}, which is not a public address; "
+                                    "--webhook_allow can allow it")
+                continue
+            sock = socket.socket(family, kind, protocol)
+            try:
+                sock.settimeout(seconds)
+                sock.connect(address)
+                return sock
+            except OSError as error:
+                sock.close()
+                problem = error
+        raise problem
+
+
+class WebAnswer(NamedTuple):
+    """What a web server said."""
+    status: int
+    headers: Any
+
+
+class WebConnection(http.client.HTTPConnection):
+    """A connection to a web server, through a Door, with TLS and by way of a proxy if need be."""
+
+    def __init__(self, door: Door, scheme: str, host: str, port_: int, seconds: float,
+                 context: ssl.SSLContext) -> None:
+        super().__init__(host, port_, timeout=seconds)
+        self.door, self.scheme, self.context, self.seconds = door, scheme, context, seconds
+        self.proxy = find_proxy(scheme, host, port_)
+
+    def connect(self) -> None:
+        """Connect; called by http.client."""
+        host, port_ = self.proxy[:2] if self.proxy else (self.host, self.port)
+        sock = (Door() if self.proxy else self.door).connect(host, port_, self.seconds)
+        try:
+            if self.proxy:
+                self.door.check_name(self.host)
+            if self.scheme == "https":
+                if self.proxy:
+                    self.open_tunnel(sock)
+                sock = self.context.wrap_socket(sock, server_hostname=self.host)
+        except BaseException:
+            sock.close()
+            raise
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock = sock
+
+    def open_tunnel(self, sock: socket.socket) -> None:
+        """Have a proxy pass bytes on to the server (RFC 9110 9.3.6)."""
+        place = f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        secret = f"Proxy-Authorization: {self.proxy[2]}\r\n" if self.proxy[2] else ""
+        sock.sendall(f"CONNECT {place} HTTP/1.1\r\nHost: {place}\r\n{secret}\r\n".encode("ascii"))
+        answer = http.client.HTTPResponse(sock, method="CONNECT")
+        answer.begin()
+        if answer.status != 200:
+            raise OSError(f"the proxy answered {answer.status}")
+
+
+def find_proxy(scheme: str, host: str, port_: int) -> Tuple[Any, ...]:
+    """Return (host, port, Proxy-Authorization) of the proxy that the environment names, or ()."""
+    url = urllib.request.getproxies().get(scheme)
+    if not url or urllib.request.proxy_bypass(f"{host}:{port_}"):
+        return ()
+    parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
+    return parts.hostname or "", parts.port or 8080, basic_auth(parts)
+
+
+def basic_auth(parts: Any) -> str:
+    """Return an Authorization for the user and password in a URL, "" if there are none."""
+    if parts.username is None:
+        return ""
+    user = ":".join(urllib.parse.unquote(text or "") for text in (parts.username, parts.password))
+    return "Basic " + base64.b64encode(user.encode("utf-8")).decode("ascii")
+
+
+class WebClient:
+    """Sends requests over a connection that is kept while they go to the same server.
+
+    Made by a courier for itself; abort() may be called on any thread.
+    """
+
+    def __init__(self, door: Door, context: ssl.SSLContext, seconds: float) -> None:
+        self.door, self.context, self.seconds = door, context, seconds
+        self.place: Any = None
+        self.connection: Optional[WebConnection] = None
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        if self.connection is not None:
+            self.connection.close()
+        self.place = self.connection = None
+
+    def abort(self) -> None:
+        """End a request that takes too long."""
+        sock = self.connection.sock if self.connection else None
+        if sock is not None:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def request(self, method: str, url: str, headers: Dict[str, str], body: bytes = b"",
+                ) -> WebAnswer:
+        """Send a request; return the answer. Raises OSError, also for a URL that is none."""
+        try:
+            parts = urllib.parse.urlsplit(url)
+            scheme, host = parts.scheme.lower(), parts.hostname or ""
+            host = host if host.isascii() else host.encode("idna").decode("ascii")
+            port_ = parts.port or {"https": 443, "http": 80}[scheme]
+        except (ValueError, KeyError, UnicodeError):
+            raise Forbidden(f"{clean_line(url, 200)} is not the URL of a web server") from None
+        if not host or re.search(r"[\x00-\x20\x7f]", url):
+            raise Forbidden(f"{clean_line(url, 200)} is not the URL of a web server")
+        path = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
+        path += "?" + urllib.parse.quote(parts.query, safe="/?%:@!$&'()*+,;=~-._") if (
+            parts.query) else ""
+        if basic_auth(parts):
+            headers = {"Authorization": basic_auth(parts), **headers}
+        while True:
+            kept = self.place == (scheme, host, port_) and self.connection is not None
+            if not kept:
+                self.close()
+                self.place = scheme, host, port_
+                self.connection = WebConnection(self.door, scheme, host, port_, self.seconds,
+                                                self.context)
+            try:
+                return self.exchange(method, path, headers, body)
+            except (http.client.HTTPException, ConnectionError) as error:
+                self.close()
+                if not kept or not isinstance(error, ConnectionError):
+                    raise OSError(reason(error)) from error
+            except BaseException:
+                self.close()
+                raise
+
+    def exchange(self, method: str, path: str, headers: Dict[str, str], body: bytes) -> WebAnswer:
+        """Send a request over the connection and read the answer."""
+        connection = self.connection
+        assert connection is not None
+        if connection.proxy and connection.scheme == "http":
+            path = f"http://{connection.host}:{connection.port}{path}"
+            headers = {**headers, **({"Proxy-Authorization": connection.proxy[2]}
+                                     if connection.proxy[2] else {})}
+        connection.request(method, path, body if method == "POST" else None,
+                           {name: clean_line(value).encode("utf-8", "replace")
+                            for name, value in headers.items()})
+        answer = connection.getresponse()
+        if len(answer.read(MAX_ANSWER)) == MAX_ANSWER or answer.will_close:
+            self.close()
+        return WebAnswer(answer.status, answer.headers)
+
+
+# -- What is sent --
+
+def forward_fields(store: Store, message: Message, key: str) -> Dict[str, Any]:
+    """Return what a template may name: smtp-pigeon's fields, and those of pegmail."""
+    raw = store.raw(message.id)
+    data = raw.read(store.trace_length(message.id) or 0, raw.size)
+    length = header_length(data)
+    fields = parse_fields(data[:min(length, MAX_HEADER_BYTES)])
+    text = decode_text(data.replace(b"\r\n", b"\n"))
+    parts = find_parts(store, message.id)
+    moment = datetime.datetime.fromtimestamp(message.received / 1000, datetime.timezone.utc)
+    return {
+        "ID": key, "Timestamp": GoTime(moment.astimezone()), "Sender": message.sender,
+        "Recipients": message.recipients.split("\n"), "Data": text,
+        "Body": decode_text(data[length:].replace(b"\r\n", b"\n")[1:]),
+        "Header": go_header(fields), "Subject": message.subject,
+        "From": decode_words(first_field(fields, "from")),
+        "To": decode_words(first_field(fields, "to")), "Text": parts.text, "HTML": parts.html,
+        "Attachments": [{"name": item["filename"], "mime": item["mime"], "size": item["size"],
+                         "hash": item["hash"]} for item in parts.attachments],
+        "Peer": store.peer(message.id)}
+
+
+class Parts(NamedTuple):
+    """The texts and attachments of a message; `text` is made from the HTML if there is no other."""
+    text: str
+    html: str
+    attachments: List[Dict[str, Any]]
+
+
+def find_parts(store: Store, ident: int) -> Parts:
+    """Return the texts and attachments of a message, digesting it if need be."""
+    digest = store.digest([ident]).get(ident)
+    plain, markup, attachments = [], [], []
+    pending = [json.loads(digest[1])] if digest else []
+    while pending:
+        item = pending.pop() or {}
+        pending.extend(reversed(item.get("items", [])))
+        if item.get("type") == "attachment":
+            attachments.append(item)
+        elif item.get("mime") == "text/html":
+            markup.append(item["text"])
+        elif item.get("type") == "text":
+            plain.append(item["text"])
+    text = "\n".join(plain or [html_text(part)[0].strip() for part in markup])
+    return Parts(text, "\n".join(markup), attachments)
+
+
+def rfc3339(milliseconds: int) -> str:
+    """Return a time as RFC 3339 has it, in UTC and whole seconds."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(milliseconds // 1000))
+
+
+def sign(secret: str, key: str, now: int, body: bytes) -> Dict[str, str]:
+    """Return the fields that sign a request, as standardwebhooks.com describes them."""
+    head = {"Idempotency-Key": key, "webhook-id": key, "webhook-timestamp": str(now)}
+    if secret:
+        raw = (base64.b64decode(secret[6:]) if secret.startswith("whsec_")
+               else secret.encode("utf-8"))
+        mac = hmac.new(raw, f"{key}.{now}.".encode() + body, "sha256")
+        head["webhook-signature"] = "v1," + base64.b64encode(mac.digest()).decode("ascii")
+    return head
+
+
+def find_zone(name: str) -> Optional[datetime.tzinfo]:
+    """Return a time zone by its name, None if it is not known here."""
+    if name == "Local":
+        return datetime.datetime.now().astimezone().tzinfo
+    try:
+        return zoneinfo.ZoneInfo(name)
+    except (ValueError, OSError, zoneinfo.ZoneInfoNotFoundError):
+        return None
+
+
+def surroundings() -> Surroundings:
+    """Return what templates learn of the world."""
+    return Surroundings(os.environ, lambda: datetime.datetime.now().astimezone(),
+                        lambda: str(uuid.uuid4()), find_zone)
+
+
+SAMPLE_FIELDS: Dict[str, Any] = {       # of the message that templates are tried with at the start
+    "ID": "11111111-2222-4333-8444-555555555555", "Sender": "ann@example.com",
+    "Timestamp": GoTime(datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=datetime.timezone.utc)),
+    "Recipients": ["bob@example.org", "carl@example.org"],
+    "Data": "Subject: Hello\n\nA message.\n", "Body": "A message.\n",
+    "Header": go_header([("Subject", "Hello")]), "Subject": "Hello",
+    "From": "Ann <ann@example.com>", "To": "bob@example.org", "Text": "A message.\n",
+    "HTML": "<p>A message.</p>", "Peer": "192.0.2.7",
+    "Attachments": [{"name": "a.png", "mime": "image/png", "size": 4096, "hash": "00" * 24}]}
+
+
+def read_template(text: str, option: str) -> Template:
+    """Read a template and try it. Raises SettingsError."""
+    try:
+        template = Template(text, option)
+        template.render(SAMPLE_FIELDS, surroundings())
+        return template
+    except TemplateError as error:
+        raise SettingsError(str(error), 2) from None
+
+
+class Hopeless(Exception):
+    """A delivery that no further attempt can save."""
+
+
+class Composer:
+    """Makes the requests of deliveries; made by Couriers."""
+
+    def __init__(self, settings: Settings, store: Store, api_url: str) -> None:
+        self.settings, self.store, self.api_url = settings, store, api_url
+        self.body = read_template(settings.template, "--template") if settings.template else None
+        self.headers = [(name, read_template(value, "--header")) for name, value in settings.header]
+        self.urls = {name: read_template(url, option)
+                     for name, url, option in web_targets(settings)}
+
+    def request(self, entry: Entry, message: Optional[Message],
+                ) -> Tuple[str, Dict[str, str], bytes]:
+        """Return URL, header and body for a delivery. Raises Hopeless."""
+        try:
+            if entry.target.startswith("webhook "):
+                return self.webhook(entry, message)
+            if message is None:
+                raise KeyError(entry.message)
+            return self.forward(entry, message)
+        except TemplateError as error:
+            raise Hopeless(str(error)) from None
+        except KeyError:
+            raise Hopeless("the message was deleted") from None
+
+    def forward(self, entry: Entry, message: Message) -> Tuple[str, Dict[str, str], bytes]:
+        """Return the request that forwards a message."""
+        url = self.urls.get(entry.target)
+        if url is None:
+            raise Hopeless("the target is not configured any more")
+        headers = {"Content-Type": "application/json"}
+        if self.body is None and not self.headers and "{{" not in url.text:
+            return url.text, headers, self.plain(message, entry.key)
+        fields, world = forward_fields(self.store, message, entry.key), surroundings()
+        body = (self.body.render(fields, world).encode("utf-8", "replace") if self.body
+                else self.plain(message, entry.key))
+        for name, value in self.headers:
+            headers = {known: text for known, text in headers.items()
+                       if known.lower() != name.lower()}
+            headers[name] = value.render(fields, world)
+        return url.render(fields, world), headers, body
+
+    def plain(self, message: Message, key: str) -> bytes:
+        """Return the JSON object that is sent when there is no template."""
+        raw = self.store.raw(message.id)
+        data = raw.read(0, raw.size)
+        body = data[header_length(data):].replace(b"\r\n", b"\n")[1:]
+        return json_text({
+            "id": key, "timestamp": rfc3339(message.received), "sender": message.sender,
+            "recipients": message.recipients.split("\n"), "body": decode_text(body),
+            "subject": message.subject}).encode("utf-8")
+
+    def webhook(self, entry: Entry, message: Optional[Message],
+                ) -> Tuple[str, Dict[str, str], bytes]:
+        """Return the request that tells a webhook of an event."""
+        hook = self.store.outbox.webhook(entry.target[8:])
+        if hook is None:
+            raise Hopeless("the webhook was deleted")
+        payload: Dict[str, Any] = {
+            "event": entry.event, "mailbox": hook.mailbox, "webhook_id": hook.id,
+            "timestamp": rfc3339(entry.created)}
+        if entry.event == "test":
+            payload["message"] = "This is a test of a webhook"
+        elif entry.payload:
+            payload["email"] = self.email(Message(**json.loads(entry.payload)), hook.mailbox, None)
+        elif message is None:
+            raise KeyError(entry.message)
+        else:
+            payload["email"] = self.email(message, hook.mailbox,
+                                          find_parts(self.store, message.id))
+        return hook.url, {"Content-Type": "application/json"}, json_text(payload).encode("utf-8")
+
+    def email(self, message: Message, mailbox: str, parts: Optional[Parts]) -> Dict[str, Any]:
+        """Return a message as webhooks are told of it; without parts it is gone already."""
+        email: Dict[str, Any] = {
+            "id": str(message.id), "to": mailbox, "from": message.sender,
+            "subject": message.subject, "body": parts.text if parts else "",
+            "timestamp": rfc3339(message.received),
+            "attachments": len(parts.attachments) if parts else message.attachments}
+        if parts and self.settings.attachments != "none":
+            email["files"] = [self.file(item) for item in parts.attachments]
+        return email
+
+    def file(self, item: Dict[str, Any]) -> Dict[str, Any]:
+        """Return an attachment as a webhook is told of it."""
+        file = {name: item[name] for name in ("filename", "mime", "size", "hash")}
+        if self.settings.attachments == "base64" and item["size"] <= self.settings.attachments_size:
+            data = self.store.media.read(item["hash"], 0, item["size"])
+            return {**file, "content": base64.b64encode(data).decode("ascii")}
+        return {**file, "url": f"{self.api_url}/media?hash={item['hash']}"}
+
+
+def web_targets(settings: Settings) -> List[Tuple[str, str, str]]:
+    """Return (target, URL, option) of each target that the operator named."""
+    urls = [("url", settings.url, "--url")] if settings.url else []
+    return urls + [(forward.target, forward.target, "--forward_to")
+                   for forward in settings.forward_to
+                   if not forward.target.lower().startswith("mailto:")]
+
+
+# -- The SMTP courier (RFC 5321; 1870, 3207, 4954, 6152, 6531) --
+
+MAX_REPLY = 65536             # bytes of one reply; RFC 5321 4.5.3.1.5: a line has 512
+MAX_REASON = 400              # characters kept of it
+CONNECT_SECONDS = 30          # Postfix smtp_connect_timeout
+QUIT_SECONDS = 3              # that the reply to QUIT is waited for
+MESSAGE_SECONDS = 3600        # for one message, at all hosts: 50 MB pass at 14 kB/s
+REUSE_SECONDS = 30            # that an idle connection stays open
+REUSE_MESSAGES = 100          # messages over one connection
+
+
+class Outcome(NamedTuple):
+    """What became of a message for one recipient. `host` is who said so, "" if it was us."""
+    state: str                # "delivered", "retry" or "failed"
+    code: int
+    status: str               # RFC 3463
+    text: str                 # one clean line
+    host: str = ""
+
+
+class Refused(Exception):
+    """A message cannot go now, or never, whoever the recipient."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__(outcome.text)
+        self.outcome = outcome
+
+
+class NoTLS(Refused):
+    """A TLS handshake failed, and the connection with it."""
+
+
+class Relay(NamedTuple):
+    """The host that all mail goes to."""
+    host: str
+    port: int
+    mode: str                 # "starttls", "tls", "opportunistic" or "plain"
+    user: str = ""
+    password: str = ""
+
+
+class Letter(NamedTuple):
+    """A message to be sent, and what it asks of the host that takes it."""
+    sender: str
+    recipients: Tuple[str, ...]
+    content: Source
+    eight_bit: bool
+    utf8: bool                # the header holds UTF-8 (RFC 6532)
+
+
+REPLY_STATES = {2: "delivered", 5: "failed"}  # by the first digit of a reply; else "retry"
+ENHANCED = re.compile(r"^([245]\.(?:0|[1-9]\d{0,2})\.(?:0|[1-9]\d{0,2}))(?:\s+|$)", re.A)
+
+
+def own_outcome(code: int, status: str, text: str) -> Outcome:
+    """Return an outcome that is our own judgement."""
+    return Outcome(REPLY_STATES.get(code // 100, "retry"), code, status,
+                   clean_line(text, MAX_REASON))
+
+
+def read_outcome(code: int, message: bytes, host: str) -> Outcome:
+    """Return what a host's reply means (RFC 5321 4.2.1, RFC 2034 4); its text becomes one line."""
+    lines = message[:4 * MAX_REASON].decode("utf-8", "replace").split("\n")
+    match = ENHANCED.match(lines[0])
+    own_class = code // 100 if code // 100 in REPLY_STATES else 4
+    status = match.group(1) if match and match.group(1)[0] == str(own_class) else None
+    text = " ".join(ENHANCED.sub("", line.strip(), count=1) for line in lines).strip()
+    return Outcome(REPLY_STATES.get(code // 100, "retry"), code, status or f"{own_class}.0.0",
+                   clean_line(text, MAX_REASON), host)
+
+
+def read_letter(sender: str, recipients: Sequence[str], content: Source, head: bytes) -> Letter:
+    """Return a Letter; raise Refused if the content's lines do not all end with CRLF.
+
+    RFC 5321 2.3.8 forbids a CR or LF alone, and some host would take it for a line end, and what
+    follows for commands. BINARYMIME content is such; it would have to be converted first.
+    """
+    crs = lfs = pairs = 0
+    eight_bit, last = False, b""
+    for data in content.windows(0, content.size):
+        eight_bit = eight_bit or not data.isascii()
+        crs += data.count(b"\r")
+        lfs += data.count(b"\n")
+        pairs += data.count(b"\r\n") + (last == b"\r" and data[:1] == b"\n")
+        last = data[-1:]
+    if not crs == lfs == pairs:
+        raise Refused(own_outcome(554, "5.6.3", "The message has bare line ends, and cannot be "
+                                                "sent without being changed"))
+    return Letter(sender, tuple(recipients), content, eight_bit, is_utf8(head))
+
+
+def is_utf8(data: bytes) -> bool:
+    """Is this UTF-8 and not just ASCII?"""
+    try:
+        return not data.isascii() and bool(data.decode("utf-8"))
+    except UnicodeDecodeError:
+        return False
+
+
+def wire_address(address: str) -> str:
+    """Return an address as it goes into a command: a domain becomes A-labels (RFC 5890).
+
+    Raises ValueError if it is not valid: no command is broken by it.
+    """
+    if not address:
+        return ""                 # the null sender
+    parts = parse_address(address)
+    address.encode("utf-8")
+    return address if parts.domain.isascii() else f"{parts.local}@{normalize_domain(parts.domain)}"
+
+
+def stuffed_windows(content: Source) -> Iterator[bytes]:
+    """Yield a message as DATA wants it, dots doubled and the end marked (RFC 5321 4.5.2)."""
+    last = b"\n"
+    for data in content.windows(0, content.size):
+        yield (b"." if last == b"\n" and data[:1] == b"." else b"") + data.replace(b"\n.", b"\n..")
+        last = data[-1:] or last
+    yield b".\r\n" if last == b"\n" else b"\r\n.\r\n"
+
+
+class MailClient(smtplib.SMTP):
+    """smtplib's client through a door of ours; a reply is bounded in bytes and in time.
+
+    Made by MailCourier. Every error is an OSError, as smtplib's own are.
+    """
+
+    def __init__(self, courier: "MailCourier", host: str) -> None:
+        super().__init__(local_hostname=courier.hostname, timeout=courier.timeout)
+        self.courier = courier
+        self.host = host
+        self.now = courier.now
+        self.inbox = bytearray()
+        self.messages = 0
+        self.used = self.now()
+
+    def _get_socket(self, host, port, timeout):
+        sock = self.courier.connect_door(host, port, min(timeout, CONNECT_SECONDS))
+        sock.settimeout(timeout)
+        if not self.courier.tls_first:
+            return sock
+        with contextlib.ExitStack() as failing:
+            failing.callback(sock.close)
+            wrapped = self.courier.context.wrap_socket(sock, server_hostname=self.host)
+            failing.pop_all()
+        return wrapped
+
+    def limit_wait(self, seconds: float) -> None:
+        """Let the socket wait that long, and not beyond what the message has in all."""
+        left = min(seconds, self.courier.expires - self.now())
+        if left <= 0:
+            self.lose("no answer in time")
+        if self.sock:
+            self.sock.settimeout(left)
+
+    def lose(self, why: str) -> None:
+        """Close the connection and raise."""
+        self.close()
+        raise smtplib.SMTPServerDisconnected(why)
+
+    def send(self, s) -> None:
+        """Send bytes or a command."""
+        self.limit_wait(self.timeout)
+        super().send(s)
+
+    def getreply(self, seconds: Optional[float] = None) -> Tuple[int, bytes]:
+        """Return the code of a reply, and its lines without it (RFC 5321 4.2.1)."""
+        deadline = self.now() + (seconds or self.timeout)
+        lines, size, more = [], 0, True
+        while more:
+            line = self.read_line(deadline)
+            lines.append(line[4:].strip())
+            size += len(line) + 1
+            more = line[3:4] == b"-"
+            if size > MAX_REPLY or not re.fullmatch(rb"[2-5]\d\d[ -]?", line[:4].rstrip(b"\r")):
+                self.lose("the answer is not SMTP")
+        if line[:3] == b"421":
+            self.close()          # RFC 5321 3.8: the host is about to do the same
+        return int(line[:3]), b"\n".join(lines)
+
+    def read_line(self, deadline: float) -> bytes:
+        """Return one line without its LF."""
+        while b"\n" not in self.inbox:
+            self.limit_wait(deadline - self.now())
+            try:
+                data = self.sock.recv(4096) if self.sock else b""
+            except OSError as error:
+                self.lose(reason(error))
+            if not data or len(self.inbox) > MAX_REPLY:
+                self.lose("the connection was closed" if not data else "the answer is not SMTP")
+            self.inbox += data
+        line, _, self.inbox = self.inbox.partition(b"\n")
+        return bytes(line)
+
+    def command(self, line: str) -> Outcome:
+        """Send a command; return what the reply means."""
+        self.putcmd(line)
+        return read_outcome(*self.getreply(), self.host)
+
+    def expect(self, code: int, message: bytes) -> None:
+        """Raise Refused if a reply is not positive."""
+        outcome = read_outcome(code, message, self.host)
+        if outcome.state != "delivered":
+            raise Refused(outcome)
+
+    def hello(self) -> None:
+        """Say EHLO, or HELO to a host that knows no better (RFC 5321 3.2)."""
+        code, message = self.ehlo()
+        if code // 100 == 5:
+            code, message = self.helo()
+        self.expect(code, message)
+
+    def secure(self, context: ssl.SSLContext) -> None:
+        """Begin TLS behind STARTTLS, and forget what was said before (RFC 3207 4.2)."""
+        if self.inbox:            # sent in clear, and would be read as if it were not
+            self.lose("the host spoke before the TLS handshake")
+        assert self.sock
+        self.sock = context.wrap_socket(self.sock, server_hostname=self.host)
+        self.helo_resp = self.ehlo_resp = None
+        self.esmtp_features = {}
+        self.hello()
+
+    def find_obstacle(self, letter: Letter) -> Optional[Outcome]:
+        """Return why this host could not take the message, None if it might."""
+        size = self.esmtp_features.get("size", "")
+        limit = int(size) if re.fullmatch(r"[0-9]{1,20}", size) else 0
+        obstacles: Tuple[Tuple[bool, int, str, str], ...] = (
+            # RFC 1870 6.1, RFC 6152 3, RFC 6531 3.6
+            (0 < limit < letter.content.size, 552, "5.3.4",
+             f"The message has {letter.content.size} bytes, {self.host} takes {limit}"),
+            (letter.eight_bit and not self.has_extn("8bitmime"), 554, "5.6.3",
+             f"The message has 8-bit text, which {self.host} does not take"),
+            (letter.utf8 and not self.has_extn("smtputf8"), 550, "5.6.9",
+             f"The message has UTF-8 in its header, which {self.host} does not take"))
+        return next((own_outcome(code, status, text)
+                     for stops, code, status, text in obstacles if stops), None)
+
+    def wire_addresses(self, letter: Letter, outcomes: Dict[str, Outcome]) -> Dict[str, str]:
+        """Return addresses as they go to this host, sender first; enter the others' outcomes."""
+        wire: Dict[str, str] = {}
+        for address in (letter.sender, *letter.recipients):
+            try:
+                text = wire_address(address)
+            except ValueError:
+                outcomes[address] = own_outcome(553, "5.1.3", "The address is not valid")
+                continue
+            if text.isascii() or self.has_extn("smtputf8"):
+                wire[address] = text
+            else:
+                outcomes[address] = own_outcome(553, "5.6.7", f"The address is not ASCII, and "
+                                                              f"{self.host} takes no other")
+        return wire
+
+    def transact(self, letter: Letter, outcomes: Dict[str, Outcome]) -> Outcome:
+        """Send a message; enter the recipients that are refused, return the outcome for the rest.
+
+        A reply to the final dot is waited for twice as long (RFC 5321 4.5.3.2.6).
+        """
+        obstacle = self.find_obstacle(letter)
+        wire = self.wire_addresses(letter, outcomes)
+        if obstacle or letter.sender not in wire:
+            return obstacle or outcomes[letter.sender]
+        answer = self.give_envelope(letter, wire, outcomes)
+        if answer.state == "delivered":
+            answer = self.command("DATA")
+            if answer.code == 354:
+                for data in stuffed_windows(letter.content):
+                    self.send(data)
+                return read_outcome(*self.getreply(2 * self.timeout), self.host)
+            if answer.state == "delivered":        # who says 250 to DATA has lost the thread
+                self.lose("DATA was answered with 250")
+        return answer
+
+    def give_envelope(self, letter: Letter, wire: Dict[str, str], outcomes: Dict[str, Outcome],
+                      ) -> Outcome:
+        """Send MAIL and RCPT; return a reply for the rest, positive if DATA is to follow."""
+        utf8 = letter.utf8 or not all(text.isascii() for text in wire.values())
+        self.command_encoding = "utf-8" if utf8 else "ascii"
+        options = ((f" SIZE={letter.content.size}", self.has_extn("size")),
+                   (" BODY=8BITMIME", letter.eight_bit), (" SMTPUTF8", utf8))
+        chosen = "".join(option for option, wanted in options if wanted)
+        answer = last = self.command(f"MAIL FROM:<{wire[letter.sender]}>{chosen}")
+        accepted = None
+        for recipient in letter.recipients if answer.state == "delivered" else ():
+            if recipient in outcomes:
+                continue
+            last = self.command(f"RCPT TO:<{wire[recipient]}>")
+            if last.code == 421:
+                return last
+            if last.state == "delivered":
+                accepted = last
+            elif last.code == 552 and accepted:    # RFC 5321 4.5.3.1.10: too many of them
+                outcomes[recipient] = last._replace(state="retry")
+            else:
+                outcomes[recipient] = last
+        return accepted or (last if last.state != "delivered" else
+                            own_outcome(554, "5.5.1", "No recipient is valid"))
+
+    def is_reusable(self) -> bool:
+        """Can another message go this way? Asks the host, by RSET."""
+        if self.messages >= REUSE_MESSAGES or self.now() - self.used > REUSE_SECONDS:
+            return False
+        try:
+            return self.sock is not None and self.command("RSET").state == "delivered"
+        except OSError:
+            return False
+
+    def leave(self) -> None:
+        """Say QUIT (RFC 5321 4.1.1.10) and close."""
+        with contextlib.suppress(OSError):
+            self.putcmd("QUIT")
+            self.getreply(QUIT_SECONDS)
+        self.close()
+
+
+class MailCourier:
+    """Delivers messages to other hosts, to all by way of one if there is a relay; blocking.
+
+    For one thread at a time. `connect(host, port, timeout)` is the one door to the network: it
+    returns a socket, or raises OSError. It gets an address, but for the relay its name as given.
+    """
+
+    def __init__(self, hostname: str, resolver: Resolver, relay: Optional[Sequence[Any]],
+                 timeout: float, ca_file: Optional[str], connect: Callable[..., socket.socket],
+                 now: Callable[[], float] = time.monotonic) -> None:
+        self.hostname = hostname
+        self.resolver = resolver
+        self.relay = Relay(*relay) if relay else None
+        self.timeout = timeout                # seconds for each step; RFC 5321 4.5.3.2 has 300
+        self.connect_door = connect
+        self.now = now
+        self.mode = self.relay.mode if self.relay else "opportunistic"
+        self.tls_first = self.mode == "tls"
+        self.context = ssl.create_default_context(cafile=ca_file)
+        if self.mode == "opportunistic" and not (self.relay and self.relay.user):
+            self.context.check_hostname = False        # RFC 7435: better than none, and a
+            self.context.verify_mode = ssl.CERT_NONE   # password is never told to just anybody
+        self.expires = 0.0                             # when the message at hand is given up
+        self.client: Optional[MailClient] = None       # the connection that stayed open
+        self.key: FrozenSet[str] = frozenset()         # and the hosts it is good for
+
+    def send(self, domain: str, sender: str, recipients: Sequence[str], content: Source,
+             head: bytes) -> Dict[str, Outcome]:
+        """Deliver one message to recipients of one domain; return what became of it for each.
+
+        What reading the content raises, OSErrors apart, is passed on; the message is not sent.
+        """
+        outcomes: Dict[str, Outcome] = {}
+        self.expires = self.now() + MESSAGE_SECONDS
+        try:
+            letter = read_letter(sender, tuple(dict.fromkeys(recipients)), content, head)
+            rest = self.hand_over(self.client_for(domain), letter, outcomes)
+        except Refused as refusal:
+            rest = refusal.outcome
+        return {recipient: outcomes.get(recipient, rest) for recipient in recipients}
+
+    def close(self) -> None:
+        """Close the connection that stayed open."""
+        client, self.client = self.client, None
+        if client:
+            client.leave()
+
+    def close_idle(self) -> None:
+        """Close the connection that stayed open if it is idle for too long."""
+        if self.client and self.now() - self.client.used > REUSE_SECONDS:
+            self.close()
+
+    def hand_over(self, client: MailClient, letter: Letter, outcomes: Dict[str, Outcome],
+                  ) -> Outcome:
+        """Send a message over a connection, and keep that open if all is well with it."""
+        with contextlib.ExitStack() as failing:
+            failing.callback(client.close)     # before the final dot: nothing counts as sent
+            try:
+                outcome = client.transact(letter, outcomes)
+            except OSError as error:
+                return own_outcome(451, "4.4.2", f"The connection to {client.host} was lost: "
+                                                 f"{reason(error)}")
+            failing.pop_all()
+        client.messages += 1
+        client.used = self.now()
+        if client.sock:
+            self.client = client
+        return outcome
+
+    def client_for(self, domain: str) -> MailClient:
+        """Return a connection to a host that takes mail for a domain, or raise Refused."""
+        hosts = self.find_hosts(domain)
+        client, self.client = self.client, None
+        if client and self.key == frozenset(hosts) and client.is_reusable():
+            return client
+        if client:
+            client.leave()
+        self.key = frozenset(hosts)
+        problems: List[Outcome] = []
+        for host, address in itertools.islice(self.find_targets(hosts, problems), MAX_TRIES):
+            try:
+                return self.greet(host, address)
+            except Refused as refusal:
+                problems.append(refusal.outcome)
+        worst = next((one for one in problems if one.state != "failed"), problems[-1])
+        # What a relay says before MAIL is about us, and for the operator to mend: nothing bounces.
+        raise Refused(worst._replace(state="retry") if self.relay else worst)
+
+    def find_hosts(self, domain: str) -> List[str]:
+        """Return the hosts to try, best first, or raise Refused."""
+        if self.relay:
+            return [self.relay.host]
+        try:
+            return self.resolver.mail_hosts(domain)
+        except Undeliverable as error:
+            raise Refused(own_outcome(*error.reply)) from None
+        except DNSError as error:
+            raise Refused(own_outcome(451, "4.4.3", str(error))) from None
+
+    def find_targets(self, hosts: Sequence[str], problems: List[Outcome],
+                     ) -> Iterator[Tuple[str, str]]:
+        """Yield each host with each of its addresses; enter why there are none."""
+        for host in hosts:
+            try:
+                addresses = [host] if self.relay else self.resolver.addresses(host)
+            except DNSError as error:
+                problems.append(own_outcome(451, "4.4.3", str(error)))
+                continue
+            if not addresses:
+                problems.append(own_outcome(550, "5.4.4", f"The host {host} has no address"))
+            for address in addresses:
+                yield host, address
+
+    def greet(self, host: str, address: str, tls: bool = True) -> MailClient:
+        """Return a connection that is ready for MAIL, or raise Refused."""
+        client = MailClient(self, host)
+        try:
+            client.expect(*client.connect(address, self.relay.port if self.relay else 25))
+            client.hello()
+            if tls and self.mode in ("starttls", "opportunistic"):
+                self.start_tls(client)
+            if self.relay and self.relay.user:
+                self.log_in(client, self.relay)
+        except NoTLS:
+            client.close()
+            if self.mode != "opportunistic":
+                raise
+            return self.greet(host, address, tls=False)
+        except Refused:
+            client.leave()
+            raise
+        except (OSError, ValueError) as error:     # ValueError: a host name that TLS refuses
+            client.close()
+            raise Refused(own_outcome(421, "4.4.1", f"Cannot talk to {host}: "
+                                                    f"{reason(error)}")) from None
+        return client
+
+    def start_tls(self, client: MailClient) -> None:
+        """Begin TLS (RFC 3207), or raise Refused where it has to be and cannot."""
+        if client.has_extn("starttls"):
+            answer = client.command("STARTTLS")
+        else:
+            answer = own_outcome(454, "4.7.4", f"{client.host} does not offer STARTTLS")
+        if answer.code == 220:
+            try:
+                client.secure(self.context)
+            except (OSError, ValueError) as error:
+                raise NoTLS(own_outcome(454, "4.7.5", f"TLS with {client.host} failed: "
+                                                      f"{reason(error)}")) from None
+        elif self.mode != "opportunistic":
+            raise Refused(answer)
+
+    def log_in(self, client: MailClient, relay: Relay) -> None:
+        """Give name and password (RFC 4954, 4616), but never in clear text over a network."""
+        sock = client.sock
+        assert sock
+        if not isinstance(sock, ssl.SSLSocket) and not is_loopback(sock.getpeername()[0]):
+            raise Refused(own_outcome(454, "4.7.4", f"No TLS with {client.host}, and so it is "
+                                                    "not told the password"))
+        plain = base64_text(f"\0{relay.user}\0{relay.password}")
+        methods = {"PLAIN": [f"AUTH PLAIN {plain}"],
+                   "LOGIN": ["AUTH LOGIN", base64_text(relay.user), base64_text(relay.password)]}
+        offered = client.esmtp_features.get("auth", "").upper().split()
+        lines = next((methods[name] for name in methods if name in offered), [])
+        answer = own_outcome(454, "4.7.4", f"{client.host} offers neither AUTH PLAIN nor LOGIN")
+        for line in lines:
+            answer = client.command(line)
+            if answer.code != 334:
+                break
+        if answer.code != 235:
+            raise Refused(answer)
+
+
+def base64_text(text: str) -> str:
+    """Return text in UTF-8 and base64."""
+    return binascii.b2a_base64(text.encode("utf-8"), newline=False).decode("ascii")
+
+
+# -- Bounces (RFC 3464, 6522, 6533; RFC 3834 and RFC 5321 6.1 on when) --
+
+MAX_RETURNED = 65536          # bytes of the original header that go back
+
+ADVICE = {                    # by subject and detail of the status (RFC 3463), or subject alone
+    "1": "Check the address for a typing mistake, and send the message again.",
+    "1.10": "This domain takes no mail at all. Reach the person in another way.",
+    "2": "The mailbox cannot take mail now. Try later, or reach the person in another way.",
+    "2.3": "Send a smaller message, or a link instead of the attachment.",
+    "3": "The other mail system cannot take this message. Try later, or ask its postmaster.",
+    "3.4": "Send a smaller message, or a link instead of the attachment.",
+    "4": "The other mail system could not be reached. Check the part behind the @, or try later.",
+    "6": "The other mail system cannot handle a message of this form. Send it as plain text.",
+    "7": "The other mail system does not want this message. Show this note to your administrator.",
+}
+AUTO_REPLIED = re.compile(rb"^auto-submitted[ \t]*:\s*auto-replied\b", re.M | re.I)
+OTHER_ADVICE = "If it is important, reach the person in another way, or show this note to your " \
+               "administrator."
+
+
+def is_bounceable(sender: str, head: bytes) -> bool:
+    """May a failure be reported to this sender?
+
+    Not to the null sender, nor to an address that is none; nor to a reply that a program wrote
+    (`Auto-Submitted: auto-replied`). RFC 3834 2 asks more of automatic replies, but leaves DSNs out
+    (1.1), and RFC 5321 6.1 wants them: a program that writes to people has to learn of failures,
+    and so has a list (`Precedence: bulk` or `list`), of which RFC 3834 2 recommends nothing.
+    """
+    try:
+        has_domain = bool(parse_address(sender).domain)
+    except ValueError:
+        return False
+    return has_domain and not AUTO_REPLIED.search(returned_header(head))
+
+
+def make_bounce(sender: str, failed: Sequence[Tuple[str, Outcome]], head: bytes, hostname: str,
+                date: float, ident: str, arrived: float) -> bytes:
+    """Return the report that a message failed (RFC 3464), to be sent with the null sender.
+
+    Times are seconds since 1970. Raises ValueError if the sender's address is not valid.
+    """
+    block = returned_header(head)
+    headers = "message/global-headers" if is_utf8(block) else "text/rfc822-headers"
+    status = delivery_status(failed, hostname, arrived)
+    report = "message/delivery-status" if status.isascii() else "message/global-delivery-status"
+    parts = [entity("text/plain; charset=utf-8", bounce_text(failed, head, hostname).encode()),
+             entity(report, status.encode()), entity(headers, block)]
+    boundary = "=_" + hashlib.sha256(b"".join(parts)).hexdigest()[:32]     # so in none of them
+    top = [f"From: Mail Delivery System <MAILER-DAEMON@{hostname}>",
+           f"To: <{wire_address(sender)}>", f"Subject: {bounce_subject(head)}",
+           f"Date: {date_text(date)}",
+           f"Message-ID: <{re.sub(r'[^A-Za-z0-9.-]', '-', ident)}.bounce@{hostname}>",
+           *reply_fields(block), "Auto-Submitted: auto-replied", "MIME-Version: 1.0",
+           "Content-Type: multipart/report; report-type=delivery-status;",
+           f' boundary="{boundary}"']
+    edge = f"\r\n--{boundary}".encode()
+    return ("\r\n".join(top).encode() + b"\r\n"
+            + b"".join(edge + b"\r\n" + part for part in parts) + edge + b"--\r\n")
+
+
+def returned_header(head: bytes) -> bytes:
+    """Return what goes back of the original header: whole lines, each with CRLF."""
+    block = head[:header_length(head[:MAX_RETURNED])]
+    lines = re.split(rb"\r\n|\r|\n", block.replace(b"\0", b" "))
+    whole = lines if len(head) <= MAX_RETURNED else lines[:-1]
+    return b"".join(line + b"\r\n" for line in whole if line)
+
+
+def reply_fields(block: bytes) -> List[str]:
+    """Return fields that tie the report to the original (RFC 3834 3.1.6), if it has an id."""
+    found = re.search(rb"^message-id[ \t]*:\s*(<[!-;=?-~]{1,250}>)", block, re.M | re.I)
+    ident = found.group(1).decode("ascii") if found else ""
+    return [f"{name}: {ident}" for name in ("In-Reply-To", "References") if ident]
+
+
+def bounce_subject(head: bytes) -> str:
+    """Return the subject of a report: the original's, as one line of ASCII (RFC 2047)."""
+    text = f"Not delivered: {read_subject(head)[:200]}".strip()
+    if text.isascii() and text.isprintable():
+        return text
+    return email.header.Header(one_line(text), "utf-8", 60).encode(linesep="\r\n")
+
+
+def date_text(seconds: float) -> str:
+    """Return a date with a numeric zone (RFC 3464 2.2.5)."""
+    return email.utils.formatdate(seconds).replace("-0000", "+0000")
+
+
+def entity(kind: str, data: bytes) -> bytes:
+    """Return a MIME entity: as it is where that is safe everywhere, else in base64."""
+    plain = data.isascii() and b"\0" not in data and not re.search(rb"[^\n]{998}", data)
+    body = data if plain else encode_lines(data, 76)
+    return (f"Content-Type: {kind}\r\nContent-Transfer-Encoding: {'7bit' if plain else 'base64'}"
+            "\r\n\r\n").encode() + body
+
+
+def delivery_status(failed: Sequence[Tuple[str, Outcome]], hostname: str, arrived: float) -> str:
+    """Return the part for programs (RFC 3464 2.2 and 2.3, RFC 6533 4.1)."""
+    groups = [[f"Reporting-MTA: dns; {hostname}", f"Arrival-Date: {date_text(arrived)}"]]
+    for recipient, outcome in failed:
+        address, said = one_line(recipient), one_line(outcome.text, "ascii")
+        status = outcome.status if ENHANCED.fullmatch(outcome.status) else "5.0.0"
+        remote = [f"Remote-MTA: dns; {one_line(outcome.host, 'ascii')}"] if outcome.host else []
+        groups.append([
+            f"Final-Recipient: {'rfc822' if address.isascii() else 'utf-8'}; {address}",
+            "Action: failed", f"Status: {status}", *remote,
+            f"Diagnostic-Code: smtp; {outcome.code} {status} {said}"])
+    return "\r\n".join("".join(f"{field}\r\n" for field in group) for group in groups)
+
+
+def one_line(text: str, encoding: str = "utf-8") -> str:
+    """Return text that stays in its field and can be encoded; what cannot is a question mark."""
+    return clean_line(text).encode(encoding, "replace").decode(encoding)
+
+
+def bounce_text(failed: Sequence[Tuple[str, Outcome]], head: bytes, hostname: str) -> str:
+    """Return the part for people: what happened, to whom, what to do."""
+    subject = one_line(read_subject(head))[:200]
+    lines = [f"This is the mail system at {hostname}.", "",
+             "Your message could not be delivered to the following, and is not tried again:", ""]
+    for recipient, outcome in failed:
+        _, subject_code, detail = (outcome.status + "..").split(".")[:3]
+        advice = ADVICE.get(f"{subject_code}.{detail}") or ADVICE.get(subject_code, OTHER_ADVICE)
+        who = f"{one_line(outcome.host)} said" if outcome.host else "Reason"
+        lines += [f"  {one_line(recipient)}",
+                  f"    {who}: {outcome.code} {one_line(outcome.status)} {one_line(outcome.text)}",
+                  f"    {advice}", ""]
+    if subject:
+        lines += [f"The message was: {subject}"]
+    return "\r\n".join(lines + ["Its header, and a report for programs, are attached.", ""])
+
+
+# -- Couriers --
+
+class Attempt(NamedTuple):
+    """How an attempt went. `stop`: the target itself is in trouble, others would fare no better."""
+    state: str                          # delivered, failed, or waiting: to be tried again
+    error: str = ""
+    after: float = 0                    # seconds that the target asked for
+    stop: bool = False
+    recipients: Optional[str] = None    # of mail, those that are left
+
+
+class Lane:
+    """A share of a target's deliveries, which go one after another; made by Couriers."""
+
+    def __init__(self, target: str, number_: int, count: int) -> None:
+        self.target, self.number, self.count = target, number_, count
+        self.client: Any = None
+        self.when = 0.0                 # when it is to be looked at, on the clock of time.monotonic
+        self.busy = False
+        self.again = False              # something came while it was busy
+        self.failures = 0               # in a row, of the target itself
+        self.suspect = False            # it had failures when it was taken up
+        self.overdue = 0.0              # when the request under way has taken too long
+
+
+class Couriers:
+    """Threads that deliver what is in the outbox; made by Server.
+
+    A target that hangs holds its own lanes only; targets that fail hold half of the threads at
+    most, so the others have the rest.
+    """
+
+    def __init__(self, settings: Settings, store: Store, loop: Loop, api_url: str) -> None:
+        self.settings, self.store, self.outbox, self.loop = settings, store, store.outbox, loop
+        self.composer = Composer(settings, store, settings.api_url or api_url)
+        self.context = web_context(settings)
+        self.condition = threading.Condition()
+        self.lanes: Dict[Tuple[str, int], Lane] = {}    # those with something to do
+        self.failing = 0                # lanes of failing targets that are being worked on
+        self.stopping = False
+        self.attempts: Dict[str, int] = collections.Counter()     # by how they ended
+        self.heavy = threading.Semaphore(HEAVY_AT_ONCE)
+        self.resolver = Resolver([f"[{host}]:{port_ or 53}" if ":" in host else
+                                  f"{host}:{port_ or 53}" for host, port_ in settings.dns_server]
+                                 or read_resolv_conf())
+        self.threads: List[threading.Thread] = []       # at most COURIERS
+        self.idle = 0                   # threads that wait for something to do
+        self.outbox.failure_limit = settings.webhook_failures
+        self.outbox.remember = settings.outbox_keep
+        self.outbox.hear = self.wake
+
+    def start(self) -> None:
+        """Begin with what an earlier run left."""
+        with self.condition:
+            self.lanes["", 0] = Lane("", 0, 1)          # does the housekeeping
+            self.call_thread()
+        self.loop.call_later(1, self.look_for_overdue)
+
+    def call_thread(self) -> None:
+        """Have one more thread look for something to do; the condition is held."""
+        if self.idle:
+            self.condition.notify()
+        elif len(self.threads) < COURIERS and not self.stopping:
+            thread = threading.Thread(target=self.run, name="courier", daemon=True)
+            self.threads.append(thread)
+            thread.start()
+
+    def stop(self) -> None:
+        """Finish the requests under way, within their time at most, and end the threads."""
+        with self.condition:
+            self.stopping = True
+            self.condition.notify_all()
+        end = time.monotonic() + STOP_SECONDS
+        for thread in self.threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        for lane in list(self.lanes.values()):
+            if lane.client is not None and lane.busy:
+                lane.client.abort()
+        for thread in self.threads:
+            thread.join(1)
+
+    def wake(self, targets: Iterable[str]) -> None:
+        """Look at these targets now; from any thread."""
+        with self.condition:
+            for target in targets:
+                count = 1 if target.startswith("webhook ") else self.settings.forward_parallel
+                for number_ in range(count):
+                    lane = self.lanes.get((target, number_))
+                    if lane is None:
+                        lane = self.lanes[target, number_] = Lane(target, number_, count)
+                    lane.again = True
+                    if not lane.failures:
+                        lane.when = 0.0
+            self.call_thread()
+
+    def run(self) -> None:
+        """Work on one lane after another; a thread."""
+        lane = self.next_lane()
+        while lane is not None:
+            try:
+                pause = self.work(lane) if lane.target else self.keep_house()
+            except Exception as error:      # a border: the rows are still there
+                known = isinstance(error, (StoreError, OSError))
+                log.error("outbox: %s", reason(error), exc_info=not known)
+                pause = 5.0
+            self.give_back(lane, pause)
+            lane = self.next_lane()
+
+    def next_lane(self) -> Optional[Lane]:
+        """Wait for a lane with something to do; None at the end."""
+        with self.condition:
+            while not self.stopping:
+                now = time.monotonic()
+                free = [lane for lane in self.lanes.values() if not lane.busy and (
+                    not lane.failures or self.failing < COURIERS // 2)]
+                lane = min(free, key=lambda lane: lane.when, default=None)
+                if lane is not None and lane.when <= now:
+                    lane.busy, lane.again, lane.suspect = True, False, lane.failures > 0
+                    self.failing += lane.suspect
+                    if any(other.when <= now for other in free if other is not lane):
+                        self.call_thread()
+                    return lane
+                self.idle += 1
+                self.condition.wait(lane.when - now if lane else None)
+                self.idle -= 1
+            return None
+
+    def give_back(self, lane: Lane, pause: Optional[float]) -> None:
+        """Put a lane back, to be looked at again after a pause; None: when something comes."""
+        with self.condition:
+            self.failing -= lane.suspect
+            lane.busy = False
+            if pause is not None or lane.again:
+                lane.when = time.monotonic() + (pause or 0.0)
+            else:
+                del self.lanes[lane.target, lane.number]
+                if lane.client is not None:
+                    lane.client.close()
+            self.condition.notify()
+
+    def keep_house(self) -> float:
+        """Forget what is over, and look for rows that another process added."""
+        while self.outbox.purge() and not self.stopping:
+            pass
+        now = int(self.store.now() * 1000)
+        self.wake([target for target, due in self.outbox.waiting().items() if due <= now])
+        return HOUSE_SECONDS
+
+    def look_for_overdue(self) -> None:
+        """End requests that take too long in small steps; on the loop's thread."""
+        for lane in list(self.lanes.values()):
+            if lane.busy and 0 < lane.overdue < time.monotonic() and lane.client is not None:
+                lane.client.abort()
+        if not self.stopping:
+            self.loop.call_later(1, self.look_for_overdue)
+
+    def work(self, lane: Lane) -> Optional[float]:
+        """Deliver what is due in a lane; return in how many seconds to look again, None: never."""
+        entries = self.outbox.take(lane.target, lane.number, lane.count, PAGE)
+        now, begun = int(self.store.now() * 1000), time.monotonic()
+        if not entries or entries[0].due > now:
+            return (entries[0].due - now) / 1000 if entries else None
+        over, pause = [], 0.0
+        for entry in entries:
+            if entry.due > now:
+                break
+            attempt = self.attempt(lane, entry)
+            over.append(self.judge(lane, entry, attempt))
+            if attempt.state == "waiting" and (attempt.stop or lane.count == 1):
+                lane.failures += 1
+                pause = attempt.after or self.backoff(lane.failures)
+                break
+            lane.failures = 0
+            if self.stopping or time.monotonic() - begun > SETTLE_SECONDS:
+                break
+        self.outbox.settle(over)
+        return pause
+
+    def attempt(self, lane: Lane, entry: Entry) -> Attempt:
+        """Try to deliver; what goes wrong is in the result."""
+        try:
+            if lane.target.startswith("mail "):
+                return self.mail(lane, entry)
+            lane.overdue = time.monotonic() + 2 * self.settings.forward_timeout
+            return self.post(lane, entry)
+        except (Hopeless, Forbidden) as error:
+            return Attempt("failed", clean_line(str(error), 500))
+        except (OSError, StoreError) as error:
+            return Attempt("waiting", clean_line(reason(error), 500), stop=True)
+        finally:
+            lane.overdue = 0.0
+
+    def post(self, lane: Lane, entry: Entry) -> Attempt:
+        """Deliver by HTTP POST."""
+        if lane.client is None:
+            door = Door(self.settings.webhook_allow if lane.target.startswith("webhook ") else None)
+            lane.client = WebClient(door, self.context, self.settings.forward_timeout)
+        message = self.store.find(entry.message) if entry.message else None
+        with self.heavy if message and message.size > HEAVY else contextlib.nullcontext():
+            url, headers, body = self.composer.request(entry, message)
+            headers.update(sign(self.settings.forward_secret or "", entry.key, int(time.time()),
+                                body))
+            headers.setdefault("User-Agent", "pegmail/" + __version__)
+            answer = lane.client.request("POST", url, headers, body)
+        if lane.target == "url":            # as smtp-pigeon's log has it
+            log.info("%s: POST returned status: %d", entry.key, answer.status)
+            log.info("%s: Session reset after POST", entry.key)
+        else:
+            log.info("%s: POST to %s returned status: %d", entry.key, lane.target, answer.status)
+        if answer.status == 303:        # taken; what became of it is to be asked for elsewhere
+            answer = self.follow(lane, url, answer)
+        return self.verdict(answer)
+
+    def follow(self, lane: Lane, url: str, answer: WebAnswer) -> WebAnswer:
+        """Go where a 303 leads, by GET and without what the POST carried (RFC 9110 15.4.4)."""
+        for _ in range(MAX_REDIRECTS):
+            if answer.status not in (301, 302, 303, 307, 308) or "Location" not in answer.headers:
+                break
+            url = urllib.parse.urljoin(url, answer.headers["Location"])
+            client = WebClient(Door(self.settings.webhook_allow), self.context,
+                               self.settings.forward_timeout)
+            try:
+                answer = client.request("GET", url, {"User-Agent": "pegmail/" + __version__})
+            finally:
+                client.close()
+        return answer
+
+    def mail(self, lane: Lane, entry: Entry) -> Attempt:
+        """Deliver by SMTP; those whom it will never reach are told of in a bounce."""
+        if lane.client is None:
+            lane.client = MailCourier(self.settings.hostname, self.resolver,
+                                      relay_of(self.settings), self.settings.forward_timeout,
+                                      self.settings.ca_file, Door().connect)
+        sender, content = self.letter(entry)
+        head = content.read(0, self.settings.max_header)
+        head = head[:header_length(head)]
+        outcomes = lane.client.send(lane.target[5:], sender, entry.recipients.split("\n"), content,
+                                    head)
+        for recipient, outcome in outcomes.items():
+            log.info("%s: mail to <%s>: %s %d %s %s", entry.key, clean_line(recipient, 200),
+                     outcome.state, outcome.code, outcome.status, outcome.text)
+        self.bounce(entry, [(recipient, outcome) for recipient, outcome in outcomes.items()
+                            if outcome.state == "failed"], sender, head)
+        left = {recipient: outcome for recipient, outcome in outcomes.items()
+                if outcome.state == "retry"}
+        error = "; ".join(dict.fromkeys(f"{outcome.code} {outcome.status} {outcome.text}"
+                                        for outcome in outcomes.values()
+                                        if outcome.state != "delivered"))[:500]
+        if left and self.is_too_old(entry):
+            self.bounce(entry, list(left.items()), sender, head)
+            return Attempt("failed", error)
+        if left:
+            return Attempt("waiting", error, stop=not any(
+                outcome.host for outcome in left.values()), recipients="\n".join(left))
+        return Attempt("failed" if error else "delivered", error)
+
+    def letter(self, entry: Entry) -> Tuple[str, Source]:
+        """Return the envelope sender and the content of a delivery by mail. Raises Hopeless."""
+        if entry.payload is not None:
+            return "", Source.of(bytes(entry.payload))
+        message = self.store.find(entry.message) if entry.message else None
+        if message is None:
+            raise Hopeless("the message was deleted")
+        raw = self.store.raw(message.id)
+        begin = raw.read(0, MAX_COMMAND)        # Return-Path is for the last server (RFC 5321 4.4)
+        skip = begin.find(b"\n") + 1 if begin.lower().startswith(b"return-path:") else 0
+        return message.sender, Source(raw.size - skip, lambda start, end: raw.read(
+            start + skip, end + skip))
+
+    def bounce(self, entry: Entry, failed: Sequence[Tuple[str, Outcome]], sender: str, head: bytes,
+               ) -> None:
+        """Tell the sender who will not get a message (RFC 5321 6.1)."""
+        if not failed or not is_bounceable(sender, head):
+            return
+        now = self.store.now()
+        content = make_bounce(sender, failed, head, self.settings.hostname, now,
+                              str(uuid.uuid4()), entry.created / 1000)
+        domain_ = normalize_domain(sender.rpartition("@")[2]) or ""
+        if self.settings.server_host and domain_ not in self.settings.server_host:
+            self.outbox.send(f"mail {domain_}", "bounce", content, sender)
+            return
+        self.store.add([Job(Incoming(
+            Envelope("", (sender,), "127.0.0.1", self.settings.hostname), b"Return-Path: <>\r\n",
+            read_subject(content), content), ignore)])
+
+    def is_too_old(self, entry: Entry) -> bool:
+        """Has a delivery been tried for long enough?"""
+        return self.store.now() * 1000 - entry.created > 1000 * self.settings.retry_for
+
+    def verdict(self, answer: WebAnswer) -> Attempt:
+        """Return what a status means for a delivery (RFC 9110 15)."""
+        status = answer.status
+        if 200 <= status < 300:
+            return Attempt("delivered")
+        error = f"the target answered {status}"
+        if 300 <= status < 400:
+            error += " to " + clean_line(answer.headers.get("Location", "nowhere"), 200)
+            return Attempt("waiting", error + "; a POST is not sent on: name that URL")
+        if 400 <= status < 500 and status not in (408, 425, 429) and not self.settings.retry_4xx:
+            return Attempt("failed", error)
+        return Attempt("waiting", error, retry_after(answer.headers), status in (429, 503))
+
+    def judge(self, lane: Lane, entry: Entry, attempt: Attempt) -> Entry:
+        """Return a row as it is after an attempt."""
+        now, attempts, state = int(self.store.now() * 1000), entry.attempts + 1, attempt.state
+        if state == "waiting" and self.is_too_old(entry):
+            state = "failed"
+        self.attempts[state] += 1
+        due = self.outbox.forget_at(state)
+        if state == "waiting":
+            ordered = lane.count == 1   # then it stays the first, and the lane waits
+            due = entry.due if ordered else now + int(
+                1000 * (attempt.after or self.backoff(attempts)))
+            log.warning("%s: delivery %d to %s is to be tried again: %s", entry.key, entry.id,
+                        lane.target, attempt.error)
+        elif state == "failed":
+            log.error("%s: delivery %d to %s has failed: %s", entry.key, entry.id, lane.target,
+                      attempt.error)
+        left = entry.recipients if attempt.recipients is None else attempt.recipients
+        return entry._replace(state=state, due=due, attempts=attempts, error=attempt.error,
+                              recipients=left)
+
+    def backoff(self, attempts: int) -> float:
+        """Return the seconds until the next attempt: twice as long each time, about."""
+        longest = self.settings.retry_longest
+        seconds = self.settings.retry_first * 2.0 ** min(attempts - 1, 20)
+        return min(longest, seconds) * random.uniform(0.8, 1.2)
+
+
+def relay_of(settings: Settings) -> Optional[Relay]:
+    """Return the server that all outgoing mail goes through, None for each domain's own."""
+    if not settings.relay:
+        return None
+    host, port_ = settings.relay
+    usual = 465 if settings.relay_tls == "tls" else 587 if settings.relay_user else 25
+    return Relay(host, port_ or usual, settings.relay_tls, settings.relay_user or "",
+                 settings.relay_password or "")
+
+
+def retry_after(headers: Any) -> float:
+    """Return the seconds that Retry-After asks for, at most a day (RFC 9110 10.2.3)."""
+    text = headers.get("Retry-After", "").strip()
+    if re.fullmatch("[0-9]{1,9}", text):
+        return min(86400.0, float(text))
+    try:
+        moment = email.utils.parsedate_to_datetime(text).timestamp()
+    except (TypeError, ValueError, OverflowError):
+        return 0.0
+    return max(0.0, min(86400.0, moment - time.time()))
+
+
+def check_outgoing(settings: Settings) -> None:
+    """Try all templates and read the certificates to trust. Raises SettingsError."""
+    web_context(settings)
+    for text, option in [(settings.template or "", "--template")] + [
+            (value, "--header") for _, value in settings.header] + [
+            (url, option) for _, url, option in web_targets(settings)]:
+        read_template(text, option)
+
+
+def web_context(settings: Settings) -> ssl.SSLContext:
+    """Return what outgoing TLS is verified with. Raises SettingsError."""
+    try:
+        return ssl.create_default_context(cafile=settings.ca_file)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"--ca_file {settings.ca_file}: {reason(error)}; needs certificates "
+                            "in PEM form") from None
+
+
 # =====================================================================================
-# 8. HTTP: the JSON API
+# 9. HTTP: the JSON API
 #
 # A session on the reactor collects each request; a thread of the pool answers it with
 # http.server's handler; the session sends the answer as the client takes it. So neither a slow
@@ -4226,6 +8251,34 @@ def read_state(text: str) -> Optional[int]:
     return number(0, 1)(text) if text else None
 
 
+def mailbox_address(text: str) -> str:
+    """Read the address of a mailbox."""
+    if not parse_address(text.strip()).domain:
+        raise ValueError("needs an address such as ann@example.com")
+    return mailbox_name(text.strip())
+
+
+def webhook_url(text: str) -> str:
+    """Read the URL of a webhook; one without a scheme is http, as dynip-email has it."""
+    text = text.strip() if "://" in text else "http://" + text.strip()
+    parts = urllib.parse.urlsplit(text)
+    if parts.scheme.lower() not in ("http", "https") or not parts.hostname or len(text) > 2000 or (
+            re.search(r"[\x00-\x20\x7f]", text)):
+        raise ValueError("needs a URL such as https://app.example.com/hook")
+    return text
+
+
+EVENTS = ("arrival", "deletion", "read")
+
+
+def event_words(text: str) -> str:
+    """Read the events that a webhook is for."""
+    words = dict.fromkeys(re.split(r"[\s,]+", text.strip().lower()))
+    if not words.keys() <= set(EVENTS):
+        raise ValueError("needs some of: " + ", ".join(EVENTS))
+    return " ".join(words)
+
+
 BIG = (1 << 53) - 1           # whole numbers that every JSON reader can hold
 PARAMS = {
     "mail_id": whole(1, BIG, None, "Number of the message."),
@@ -4245,6 +8298,17 @@ PARAMS = {
                             "0 for unread, 1 for read."),
     "format": choice(("json", "text", "mbox"), "Form of the answer."),
     "mail_format": choice(("json", "text", "eml"), "Form of the answer."),
+    "outbox_id": whole(1, BIG, None, "Number of the delivery."),
+    "state": choice(("",) + STATES, "Only deliveries in this state."),
+    "target": substring("Only deliveries to this target."),
+    "webhook_id": substring("The webhook."),
+    "address": substring("The mailbox."),
+    "mailbox_address": Param(mailbox_address, None, {"type": "string"}, "The mailbox."),
+    "webhook_url": Param(webhook_url, None, {"type": "string", "format": "uri"},
+                         "Where events are sent."),
+    "events": Param(event_words, None, {"type": "string"},
+                    "Some of arrival, deletion and read, with blanks between."),
+    "enabled": whole(0, 1, None, "1 turns the webhook on, 0 off."),
 }
 SPELLED = {"mail_format": "format"}
 START = ("after", "since", "wait")
@@ -4265,6 +8329,7 @@ class Route(NamedTuple):
 
 
 ROUTES: Dict[Tuple[str, str], Route] = {}
+PATTERNS: List[Tuple[Any, str]] = []    # of the paths that have {names} in them
 
 
 def route(methods: str, *paths: str, answer: str, params: Sequence[str] = (),
@@ -4272,11 +8337,23 @@ def route(methods: str, *paths: str, answer: str, params: Sequence[str] = (),
     """Enter a function as the server of paths under one or more methods."""
     def enter(func: Callable[..., Any]) -> Callable[..., Any]:
         for path in paths:
+            if "{" in path:
+                PATTERNS.append((re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", path)), path))
             for method in methods.split():
                 ROUTES[method, path] = Route(method, path, func, tuple(required) + tuple(params),
                                              tuple(required), answer, open, methods != "GET")
         return func
     return enter
+
+
+def match_path(path: str) -> Tuple[str, List[Tuple[str, str]]]:
+    """Return the path as ROUTES knows it, and the parameters that stand in it."""
+    for pattern, known in PATTERNS:
+        match = pattern.fullmatch(path)
+        if match:
+            return known, [(name, urllib.parse.unquote(text))
+                           for name, text in match.groupdict().items()]
+    return path, []
 
 
 class Request(NamedTuple):
@@ -4629,6 +8706,127 @@ def get_metrics(request: Request) -> Any:
     return Answer(("\n".join(lines) + "\n").encode(), "text/plain; version=0.0.4; charset=utf-8")
 
 
+# -- What leaves: the outbox and webhooks --
+
+def outbox_item(entry: Entry) -> Dict[str, Any]:
+    """Return a delivery as JSON shows it; what it is known by is the same with each attempt."""
+    return {"id": entry.id, "mail_id": entry.message or 0, "target": entry.target,
+            "event": entry.event, "key": entry.key, "state": entry.state,
+            "created": entry.created, "due": entry.due, "attempts": entry.attempts,
+            "error": entry.error, "recipients": entry.recipients.split("\n")
+            if entry.target.startswith("mail ") else []}
+
+
+@route("GET", "/outbox", answer="Outbox", params=("state", "target", "after", "count"))
+def get_outbox(request: Request) -> Any:
+    """List deliveries, oldest first, with how many there are in each state."""
+    params, outbox = request.params, request.store.outbox
+    return {"items": [outbox_item(entry) for entry in outbox.find(
+        params["state"], params["target"], params["after"], params["count"])],
+        "counts": outbox.counts()}
+
+
+@route("POST", "/outbox/{outbox_id}/retry", answer="Retried", required=("outbox_id",))
+def retry_delivery(request: Request) -> Any:
+    """Try a delivery that waits or has failed now, as if it were new."""
+    if not request.store.outbox.retry(request.params["outbox_id"]):
+        raise Problem(404, "outbox_id: there is no such delivery, or it is done")
+    return {"retried": 1}
+
+
+@route("DELETE", "/outbox/{outbox_id}", answer="Deleted", required=("outbox_id",))
+def drop_delivery(request: Request) -> Any:
+    """Forget a delivery."""
+    if not request.store.outbox.drop(request.params["outbox_id"]):
+        raise Problem(404, "outbox_id: there is no such delivery")
+    return {"deleted": 1}
+
+
+def webhook_item(hook: Webhook) -> Dict[str, Any]:
+    """Return a webhook as JSON shows it."""
+    return {"id": hook.id, "mailbox_address": hook.mailbox, "webhook_url": hook.url,
+            "events": hook.events.split(), "enabled": bool(hook.enabled),
+            "created_at": rfc3339(hook.created), "failures": hook.failures,
+            "last_error": hook.last_error}
+
+
+def find_webhook(request: Request) -> Webhook:
+    """Return the webhook that the path names."""
+    hook = request.store.outbox.webhook(request.params["webhook_id"])
+    if hook is None:
+        raise Problem(404, "webhook_id: there is no such webhook")
+    return hook
+
+
+def check_target(request: Request, url: str) -> None:
+    """Refuse a webhook that could never be called; names are looked at when it is."""
+    host = urllib.parse.urlsplit(url).hostname or ""
+    try:
+        address = str(ipaddress.ip_address(host))
+    except ValueError:
+        return
+    if not Door(request.app.settings.webhook_allow).may_reach(address):
+        raise Problem(400, "webhook_url: leads into a private network; --webhook_allow can "
+                           "allow it")
+
+
+@route("POST", "/api/webhooks", answer="Webhook", required=("mailbox_address", "webhook_url"),
+       params=("events",))
+def create_webhook(request: Request) -> Any:
+    """Have a URL called when something happens in a mailbox."""
+    params = request.params
+    check_target(request, params["webhook_url"])
+    return webhook_item(request.store.outbox.save_webhook(Webhook(
+        str(uuid.uuid4()), params["mailbox_address"], params["webhook_url"],
+        params["events"] or "arrival", 1, int(request.store.now() * 1000), 0, "")))
+
+
+@route("GET", "/api/webhooks/{address}", answer="Webhooks", required=("address",))
+def list_webhooks(request: Request) -> Any:
+    """List the webhooks of a mailbox."""
+    return [webhook_item(hook) for hook in request.store.outbox.webhooks(request.params["address"])]
+
+
+@route("GET", "/api/webhook/{webhook_id}", answer="Webhook", required=("webhook_id",))
+def get_webhook(request: Request) -> Any:
+    """Return a webhook."""
+    return webhook_item(find_webhook(request))
+
+
+@route("PUT", "/api/webhook/{webhook_id}", answer="Webhook", required=("webhook_id",),
+       params=("webhook_url", "events", "enabled"))
+def update_webhook(request: Request) -> Any:
+    """Change a webhook; to turn it on forgets its failures."""
+    hook, params = find_webhook(request), request.params
+    if params["webhook_url"]:
+        check_target(request, params["webhook_url"])
+    hook = hook._replace(url=params["webhook_url"] or hook.url,
+                         events=params["events"] or hook.events)
+    if params["enabled"] is not None:
+        hook = hook._replace(enabled=params["enabled"])
+        if hook.enabled:
+            hook = hook._replace(failures=0, last_error="")
+    return webhook_item(request.store.outbox.save_webhook(hook))
+
+
+@route("DELETE", "/api/webhook/{webhook_id}", answer="Deleted", required=("webhook_id",))
+def delete_webhook(request: Request) -> Any:
+    """Delete a webhook, and what waits to be sent to it."""
+    if not request.store.outbox.delete_webhook(request.params["webhook_id"]):
+        raise Problem(404, "webhook_id: there is no such webhook")
+    return {"deleted": 1}
+
+
+@route("POST", "/api/webhook/{webhook_id}/test", answer="Queued", required=("webhook_id",))
+def test_webhook(request: Request) -> Any:
+    """Send a test event to a webhook; /outbox tells what came of it."""
+    hook = find_webhook(request)
+    return {"outbox_id": request.store.outbox.send(f"webhook {hook.id}", "test", None,
+                                                   hook.mailbox)}
+
+
+# -- The description --
+
 def shape(optional: Sequence[str] = (), **properties: Any) -> Dict[str, Any]:
     """Return the schema of an object; a property is a type's name or a schema."""
     described = {name: {"type": kind} if isinstance(kind, str) else kind
@@ -4670,6 +8868,17 @@ SCHEMAS = {
     "ReadState": shape(is_read="integer"),
     "Deleted": shape(deleted="integer"),
     "Health": shape(status="string", version="string"),
+    "Delivery": shape(id="integer", mail_id="integer", target="string", event="string",
+                      key="string", state="string", created="integer", due="integer",
+                      attempts="integer", error="string", recipients=list_of("string")),
+    "Outbox": shape(items=list_of(refer("Delivery")),
+                    counts={"type": "object", "additionalProperties": {"type": "integer"}}),
+    "Retried": shape(retried="integer"),
+    "Queued": shape(outbox_id="integer"),
+    "Webhook": shape(id="string", mailbox_address="string", webhook_url="string",
+                     events=list_of("string"), enabled="boolean", created_at="string",
+                     failures="integer", last_error="string"),
+    "Webhooks": list_of(refer("Webhook")),
     "Description": {"type": "object"},
 }
 FORM_TYPES = {"text": "text/plain", "mbox": "application/mbox", "eml": "message/rfc822"}
@@ -4691,7 +8900,8 @@ def get_openapi(request: Request) -> Any:
 
 def describe_route(entry: Route) -> Dict[str, Any]:
     """Return the description of a route."""
-    params = [{"name": SPELLED.get(name, name), "in": "query", "schema": PARAMS[name].schema,
+    params = [{"name": SPELLED.get(name, name), "schema": PARAMS[name].schema,
+               "in": "path" if "{%s}" % name in entry.path else "query",
                "required": name in entry.required, "description": PARAMS[name].help}
               for name in entry.params]
     if entry.answer in SCHEMAS:
@@ -4703,7 +8913,7 @@ def describe_route(entry: Route) -> Dict[str, Any]:
                         for form in PARAMS[name].schema["enum"] if form in FORM_TYPES})
     problem = {"description": "An error.",
                "content": {"application/json": {"schema": refer("Error")}}}
-    return {"operationId": entry.method.lower() + re.sub("[/.]", "_", entry.path),
+    return {"operationId": entry.method.lower() + re.sub(r"[/.{}]+", "_", entry.path),
             "summary": (entry.func.__doc__ or "").split("\n")[0], "parameters": params,
             "responses": {"200": {"description": "The answer.", "content": content},
                           "default": problem}}
@@ -4786,6 +8996,7 @@ class APIHandler(http.server.BaseHTTPRequestHandler):
             self.path = target.group(2)
         path, _, query = self.path.partition("?")
         method = "GET" if self.command == "HEAD" else self.command
+        path, named = match_path(path)
         entry = ROUTES.get((method, path))
         if entry and entry.changes and self.command == "HEAD":
             entry = None
@@ -4800,7 +9011,7 @@ class APIHandler(http.server.BaseHTTPRequestHandler):
                           Allow=", ".join(allowed))
         if entry.changes:
             self.app.check_origin(self.headers)
-        self.params = read_params(entry, query, self.body_params())
+        self.params = read_params(entry, query, self.body_params() + named)
         return entry.func(Request(self.app, self.app.store, self.params, self.headers,
                                   self.command == "HEAD"))
 
@@ -4815,9 +9026,7 @@ class APIHandler(http.server.BaseHTTPRequestHandler):
                 return read_query(body.decode("utf-8"))
             if kind == "application/json":
                 values = json.loads(body)
-                return [(name, "" if value is None else str(int(value) if value in (True, False)
-                                                            else value))
-                        for name, value in values.items()]
+                return [(name, plain_text(value)) for name, value in values.items()]
         except (ValueError, AttributeError, RecursionError, TypeError):
             raise Problem(400, "the body cannot be read") from None
         raise Problem(415, "a body needs Content-Type application/json or "
@@ -4890,6 +9099,15 @@ class APIHandler(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Log nothing: each answer is counted, each failure logged where it happens."""
+
+
+def plain_text(value: Any) -> str:
+    """Return a value of JSON as the text that a form would hold."""
+    if isinstance(value, list):
+        return " ".join(map(plain_text, value))
+    if value is None or isinstance(value, dict):
+        return ""
+    return str(int(value) if value in (True, False) else value)
 
 
 COMMON_HEADERS = (("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-cache"),
@@ -4974,6 +9192,7 @@ class HTTPApp:
         self.loop = loop
         self.smtp_port = settings.smtp_port
         self.server_addresses: Dict[str, str] = {}      # of the hosts in --server_addr
+        self.couriers: Any = None
         self.answers: Dict[int, int] = collections.Counter()
         self.lock = threading.Lock()
         self.waiting: Dict[int, Done] = {}       # one for each waiting connection
@@ -5081,6 +9300,7 @@ class HTTPApp:
     def metrics(self) -> List[Tuple[str, str, str, List[Tuple[str, float]]]]:
         """Return (name, type, help, [(labels, value)]) of each figure."""
         store, intake, figures = self.store, self.intake, self.store.figures
+        attempts = self.couriers.attempts if self.couriers else {}
 
         def labelled(label: str, values: Dict[Any, int]) -> List[Tuple[str, float]]:
             return [(f'{{{label}="{key}"}}', value) for key, value in list(values.items())]
@@ -5102,6 +9322,9 @@ class HTTPApp:
             ("commit_jobs_total", "counter", "Changes committed.", [("", figures["jobs"])]),
             ("commit_seconds_total", "counter", "Time spent on transactions.",
              [("", figures["commit_seconds"])]),
+            ("outbox", "gauge", "Deliveries by state.", labelled("state", store.outbox.counts())),
+            ("outbox_attempts_total", "counter", "Attempts by how they ended.",
+             labelled("state", attempts)),
             ("queue_jobs", "gauge", "Changes that wait for the writer.",
              [("", store.jobs.qsize())]),
             ("digest_lag", "gauge", "Message numbers not digested yet.",
@@ -5242,7 +9465,7 @@ class HTTPSession(Session):
 
 
 # =====================================================================================
-# 9. Server and tools: all of it wired together, and the command line
+# 10. Server and tools: all of it wired together, and the command line
 #
 # Server makes every part above and gives them to each other. main() answers the command line:
 # settings in, one line for each mistake of the operator, exit status 2 (usage) or 1.
@@ -5261,10 +9484,11 @@ class LogWriter(logging.Handler):
     Made by main().
     """
 
-    def __init__(self, file: Any, form: str) -> None:
+    def __init__(self, file: Any, form: str, dated: bool = False) -> None:
         super().__init__()
         self.file = file
         self.form = form
+        self.dated = dated              # text lines begin with date and time
         self.lines: "queue.SimpleQueue[Optional[str]]" = queue.SimpleQueue()   # about MAX_LOG
         self.dropped = 0
         self.thread = threading.Thread(target=self.run, name="log", daemon=True)
@@ -5286,7 +9510,8 @@ class LogWriter(logging.Handler):
         if record.exc_info:
             text += "\n" + logging.Formatter().formatException(record.exc_info)
         if self.form == "text":
-            return text + "\n"
+            date = time.strftime("%Y/%m/%d %H:%M:%S ", time.localtime(record.created))
+            return (date if self.dated else "") + text + "\n"
         values = {"time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
                   + ".%03dZ" % (record.msecs), "level": record.levelname.lower()}
         session, _, rest = text.partition(" ")
@@ -5331,6 +9556,7 @@ class Server:
         self.stopping = False
         self.on_terminal = False        # a SIGHUP means that it was closed
         context = load_certificate(settings)
+        check_outgoing(settings)
         raise_file_limit(settings.max_connections)
         try:
             self.open_sockets()
@@ -5345,6 +9571,10 @@ class Server:
         self.http = HTTPApp(settings, self.store, self.intake, self.loop)
         self.http.server_addresses = addresses
         self.http.smtp_port = self.port("smtp")
+        self.couriers = Couriers(settings, self.store, self.loop, "http://%s:%d" % (
+            f"[{settings.local_address}]" if ":" in settings.local_address
+            else settings.local_address, self.port("api")))
+        self.http.couriers = self.couriers
         self.listen()
 
     def open_sockets(self) -> None:
@@ -5393,7 +9623,8 @@ class Server:
         """Make the session of a new connection."""
         if kind == "api":
             return HTTPSession(self.http, peer)
-        session = LMTPSession if kind == "lmtp" else SMTPSession
+        session = (LMTPSession if kind == "lmtp" else
+                   PigeonSession if self.settings.url else SMTPSession)
         return session(self.intake, peer, secrets.token_hex(4))
 
     def tls_context(self) -> ssl.SSLContext:
@@ -5404,9 +9635,11 @@ class Server:
     def run(self) -> None:
         """Serve until stop() was called and all is finished; close the store."""
         self.loop.call_soon(self.watch_certificate)
+        self.loop.call_soon(self.couriers.start)
         try:
             self.loop.run()
         finally:
+            self.couriers.stop()
             self.store.close()
             self.close_sockets()
 
@@ -5729,6 +9962,9 @@ def start_lines(server: Server) -> str:
         lines.append(f"  LMTP:      {host}:{server.port('lmtp')}")
     if settings.lmtp_socket:
         lines.append(f"  LMTP:      {settings.lmtp_socket}")
+    for forward in server.intake.forwards:
+        target = str(settings.url) if forward.target == "url" else forward.target
+        lines.append(f"  goes on:   {clean_line(target, 200)}")
     domains = ", ".join(settings.server_host) or "any domain"
     lines += [f"  takes:     mail for {domains}, at most {settings.max_size} bytes",
               f"  kept in:   {os.path.abspath(settings.db_path)} and "
@@ -5740,6 +9976,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run the command line; return the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     prepare_output()
+    if os.path.basename(sys.argv[0]) in ("sendmail", "mailq", "newaliases"):
+        return sendmail(arguments)
+    if arguments and arguments[0] in COMMANDS:
+        return COMMANDS[arguments[0]](arguments[1:])
     try:
         settings, actions = load_settings(arguments, dict(os.environ))
         if "generate_nginx_config" in actions:
@@ -5748,6 +9988,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             print(systemd_unit(settings, arguments), end="")
         if "check" in actions:
             load_certificate(settings)      # all else is read and checked by now
+            check_outgoing(settings)
             print("the configuration is fine")
         if actions:
             return 0
@@ -5756,6 +9997,212 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         print(f"pegmail: {error}", file=sys.stderr)
         return error.status
     return serve(server)
+
+
+# -- Sub-commands --
+
+def outbox_command(arguments: Sequence[str]) -> int:
+    """Show or change what is to leave, also while the server runs; return the exit status."""
+    parser = OneLineParser("pegmail.py outbox", allow_abbrev=False,
+                           description="Show what is to leave, try it again, or drop it.")
+    parser.add_argument("action", choices=("list", "retry", "drop"))
+    parser.add_argument("id", nargs="*", type=int, help="Numbers of deliveries; for list, none.")
+    parser.add_argument("--state", choices=STATES, default="", help="Only those in this state.")
+    parser.add_argument("--target", default="", help="Only those to this target.")
+    parser.add_argument("--db_path", "--db-path", help="The database, if not the configured one.")
+    given = parser.parse_args(arguments)
+    try:
+        settings, _ = load_settings([], dict(os.environ))
+        outbox = Desk(given.db_path or settings.db_path).outbox
+        if given.action == "list":
+            return list_outbox(outbox, given.state, given.target)
+        if not given.id:
+            raise SettingsError(f"outbox {given.action}: name the numbers that outbox list shows",
+                                2)
+        change = outbox.retry if given.action == "retry" else outbox.drop
+        missing = [str(ident) for ident in given.id if not change(ident)]
+    except (SettingsError, sqlite3.Error) as error:
+        print(f"pegmail: {error}", file=sys.stderr)
+        return error.status if isinstance(error, SettingsError) else 1
+    for ident in missing:
+        print(f"pegmail: there is no delivery {ident} that waits or has failed", file=sys.stderr)
+    return 1 if missing else 0
+
+
+def list_outbox(outbox: Outbox, state: str, target: str) -> int:
+    """Print deliveries, one a line with tabs between the values."""
+    after = 0
+    while True:
+        entries = outbox.find(state, target, after, 500)
+        for entry in entries:
+            values = (entry.id, entry.state, entry.attempts, rfc3339(entry.due), entry.message or 0,
+                      entry.event, entry.target, entry.error or "-")
+            print("\t".join(clean_line(str(value)) for value in values))
+        if len(entries) < 500:
+            return 0
+        after = entries[-1].id
+
+
+# sysexits.h
+EX_OK, EX_USAGE, EX_DATAERR, EX_UNAVAILABLE, EX_TEMPFAIL, EX_CONFIG = 0, 64, 65, 69, 75, 78
+
+
+def sendmail(arguments: Sequence[str]) -> int:
+    """Take a message from standard input as sendmail does; return a status of sysexits.h.
+
+    It goes to the server that runs here; when none does, straight into its store.
+    """
+    try:
+        settings, _ = load_settings([], dict(os.environ), config=SENDMAIL_CONFIG)
+    except SettingsError as error:
+        print(f"sendmail: {error}", file=sys.stderr)
+        return EX_CONFIG
+    given, names = read_sendmail_options(arguments)
+    if given is None:
+        return EX_USAGE
+    data = sys.stdin.buffer.read(settings.max_size + 1)
+    if len(data) > settings.max_size:
+        print(f"sendmail: the message is larger than {settings.max_size} bytes", file=sys.stderr)
+        return EX_DATAERR
+    data = LINE_END.sub(line_end, data if given.i else data.partition(b"\n.\n")[0] + b"\n"
+                        if b"\n.\n" in data else data)
+    head = data[:header_length(data)]
+    if given.t:
+        names += header_recipients(head)
+        head = drop_fields(head, "bcc")
+    domain_ = settings.server_host[0] if settings.server_host else settings.hostname
+    recipients = [name if "@" in name else f"{name}@{domain_}" for name in names]
+    if not recipients:
+        print("sendmail: no recipients: name them, or use -t", file=sys.stderr)
+        return EX_USAGE
+    sender = given.f if given.f is not None else f"{local_user()}@{domain_}"
+    sender = "" if sender == "<>" else sender if "@" in sender else f"{sender}@{domain_}"
+    content = (missing_fields(head, given.F, sender, settings.hostname) + head
+               + data[header_length(data):])
+    return hand_in(settings, sender, recipients, content)
+
+
+SENDMAIL_CONFIG = "/etc/pegmail.ini"        # what it reads, as cron starts it anywhere
+
+
+def read_sendmail_options(arguments: Sequence[str]) -> Tuple[Any, List[str]]:
+    """Return the options that count, and the recipients; None for wrong usage, which is told."""
+    parser = argparse.ArgumentParser("sendmail", allow_abbrev=False, add_help=False)
+    parser.add_argument("-t", action="store_true")
+    parser.add_argument("-i", "-oi", action="store_true")
+    parser.add_argument("-f", "-r", default=None)
+    parser.add_argument("-F", default="")
+    for ignored in ("-B", "-N", "-R", "-V", "-X", "-h", "-L", "-O", "-o", "-b", "-q", "-p", "-C"):
+        parser.add_argument(ignored, nargs="?", dest="ignored")
+    for ignored in ("-v", "-n", "-G", "-U", "-m", "-om", "-bm", "-oem", "-ep"):
+        parser.add_argument(ignored, action="store_true", dest="ignored_too")
+    parser.add_argument("names", nargs="*")
+    try:
+        given = parser.parse_args(list(arguments))
+    except SystemExit:
+        return None, []
+    names = [name.strip() for text in given.names for name in text.split(",") if name.strip()]
+    return given, names
+
+
+def header_recipients(head: bytes) -> List[str]:
+    """Return the addresses in To, Cc and Bcc."""
+    texts = [value for name, value in parse_fields(head[:MAX_HEADER_BYTES])
+             if name.lower() in ("to", "cc", "bcc")]
+    return [address for _, address in email.utils.getaddresses(
+        [text[:20000] for text in texts]) if address]
+
+
+def drop_fields(head: bytes, name: str) -> bytes:
+    """Return a header block without the fields of that name."""
+    return re.sub(rb"(?im)^%b[ \t]*:[^\n]*(?:\n[ \t][^\n]*)*\n?" % name.encode("ascii"), b"", head)
+
+
+def missing_fields(head: bytes, full_name: str, sender: str, hostname: str) -> bytes:
+    """Return the fields that every message has to have and this one does not."""
+    known = {name.lower() for name, _ in parse_fields(head[:MAX_HEADER_BYTES])}
+    fields = {"date": email.utils.formatdate(localtime=True),
+              "message-id": email.utils.make_msgid(domain=hostname),
+              "from": email.utils.formataddr((clean_line(full_name), sender))}
+    return "".join(f"{name.title().replace('-Id', '-ID')}: {value}\r\n"
+                   for name, value in fields.items() if name not in known).encode("utf-8")
+
+
+def local_user() -> str:
+    """Return the name of the user who runs this."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return f"uid{os.getuid()}"
+
+
+def hand_in(settings: Settings, sender: str, recipients: List[str], content: bytes) -> int:
+    """Give a message to the server of this host, or put it into the store if none runs."""
+    try:
+        with smtplib.SMTP(settings.local_address, settings.smtp_port, timeout=60) as client:
+            client.ehlo()
+            if client.has_extn("starttls"):
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+                client.starttls(context=context)        # to this host itself, whatever its name
+            plain = (sender + "".join(recipients)).isascii()
+            refused = client.sendmail(sender, recipients, content,
+                                      ["BODY=8BITMIME"] + ([] if plain else ["SMTPUTF8"]))
+        return tell_refused(refused)
+    except smtplib.SMTPRecipientsRefused as error:
+        return tell_refused(error.recipients)
+    except smtplib.SMTPResponseException as error:
+        return tell_refused({sender: (error.smtp_code, error.smtp_error)})
+    except ConnectionRefusedError:
+        return keep_directly(settings, sender, recipients, content)
+    except (OSError, smtplib.SMTPException) as error:
+        print(f"sendmail: {reason(error)}", file=sys.stderr)
+        return EX_TEMPFAIL
+
+
+def tell_refused(refused: Dict[str, Tuple[int, Any]]) -> int:
+    """Print who was refused and why; return the status."""
+    for address, (code, text) in refused.items():
+        text = text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
+        print(f"sendmail: <{address}>: {code} {clean_line(text)}", file=sys.stderr)
+    codes = [code for code, _ in refused.values()]
+    return (EX_OK if not codes else
+            EX_UNAVAILABLE if any(code >= 500 for code in codes) else EX_TEMPFAIL)
+
+
+def keep_directly(settings: Settings, sender: str, recipients: List[str], content: bytes) -> int:
+    """Put a message into the store of a server that does not run."""
+    try:
+        store = Store(settings.db_path, settings.media_path, settings.file_hash_length)
+    except SettingsError as error:
+        print(f"sendmail: no server listens, and {error}", file=sys.stderr)
+        return EX_TEMPFAIL
+    try:
+        intake = Intake(settings, store)
+        refusals = {address: intake.refuse_recipient(parse_address(address))
+                    for address in recipients}
+        refused = {address: (reply[0], reply[2]) for address, reply in refusals.items() if reply}
+        kept = tuple(address for address in recipients if address not in refused)
+        future: "Future[Any]" = Future()
+        envelope = Envelope(sender, kept, "127.0.0.1", settings.hostname, "local")
+        trace = trace_fields(envelope, settings.hostname, intake.now_text())
+        if kept:
+            store.add([Job(Incoming(
+                envelope, trace, read_subject(content[:header_length(content)]), content,
+                intake.plan(envelope)), lambda result, error: future.set_result(error))])
+            if future.result() is not None:
+                print(f"sendmail: {future.result()}", file=sys.stderr)
+                return EX_TEMPFAIL
+        return tell_refused(refused)
+    except ValueError as error:
+        print(f"sendmail: {error}", file=sys.stderr)
+        return EX_DATAERR
+    finally:
+        store.close()
+
+
+COMMANDS: Dict[str, Callable[[Sequence[str]], int]] = {"outbox": outbox_command,
+                                                       "sendmail": sendmail}
 
 
 def prepare_output() -> None:
@@ -5773,7 +10220,7 @@ def prepare_output() -> None:
 def serve(server: Server) -> int:
     """Run a server under the signals of a shell or a service manager."""
     settings = server.settings
-    writer = LogWriter(sys.stderr, settings.log_format)
+    writer = LogWriter(sys.stderr, settings.log_format, settings.standalone_logging)
     log.addHandler(writer)
     log.setLevel(logging.DEBUG if settings.debug else logging.INFO)
     log.propagate = False

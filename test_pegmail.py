@@ -3976,7 +3976,7 @@ class StallTest(unittest.TestCase):
 
 
 # =====================================================================================
-# 6. Sessions: the protocols, without sockets
+# 7. Sessions: the protocols, without sockets
 # =====================================================================================
 
 class SMTPTest(TranscriptCase):
@@ -4726,7 +4726,7 @@ class LMTPTest(TranscriptCase):
 
 
 # =====================================================================================
-# 7. Delivery: from a received message to the store
+# 8. Delivery: from a received message to the store, and onward
 # =====================================================================================
 
 class TraceTest(unittest.TestCase):
@@ -6251,7 +6251,7 @@ class SmtpSourceTest(ClientCase):
 
 
 # =====================================================================================
-# 8. HTTP: the JSON API
+# 9. HTTP: the JSON API
 # =====================================================================================
 
 SHORT_KEYS = {"timestamp", "mail_id", "mail_from", "mail_to", "mail_subject", "is_read", "size",
@@ -8776,7 +8776,7 @@ class CurlTest(APICase):
 
 
 # =====================================================================================
-# 9. Server and tools: all of it wired together, and the command line
+# 10. Server and tools: all of it wired together, and the command line
 # =====================================================================================
 
 LARGE = make_message("large", "".join(f"{n} " + "x" * 70 + "\r\n" for n in range(3000)))
