@@ -46,7 +46,6 @@ import hashlib
 import heapq
 import hmac
 import html
-import http.client
 import http.server
 import io
 import ipaddress
@@ -4542,6 +4541,18 @@ class Outbox:
             target = row[0]
             found[target] = row[1]
 
+    def load(self, entries: Sequence[Entry]) -> Dict[int, Tuple[Message, Optional[bytes]]]:
+        """Return the messages of deliveries, with their bytes as received if they are few.
+
+        One query for all: each one would be a fight for the interpreter's lock.
+        """
+        ids = [entry.message for entry in entries if entry.message]
+        rows = self.store.read_rows(
+            f"SELECT {MESSAGE}, CASE WHEN file IS NULL AND holes = '' THEN raw END "
+            "FROM message AS m JOIN content USING (id) WHERE m.id IN (%s)"
+            % ",".join("?" * len(ids)), ids)
+        return {row[0]: (Message(*row[:-1]), row[-1]) for row in rows}
+
     def take(self, target: str, lane: int, lanes: int, limit: int) -> List[Entry]:
         """Return the first deliveries of a lane: every row of a target belongs to one of them."""
         return [Entry(*row) for row in self.store.read_rows(
@@ -6633,7 +6644,8 @@ def is_loopback(peer: str) -> bool:
 # =====================================================================================
 
 COURIERS = 16                 # threads; half of them at most for targets that fail
-PAGE = 50                     # deliveries that a lane takes from the outbox in one go
+PAGE = 20                     # deliveries that a lane takes from the outbox in one go
+SLOW_SECONDS = 0.005          # a delivery; of a faster target several at once win nothing
 SETTLE_SECONDS = 0.5          # after which what became of them is written down
 HOUSE_SECONDS = 5.0           # how often the outbox is looked through
 STOP_SECONDS = 5.0            # that a request under way may take when the server stops
@@ -6828,46 +6840,110 @@ class Door:
 
 
 class WebAnswer(NamedTuple):
-    """What a web server said."""
+    """What a web server said; the names of the headers are in lower case."""
     status: int
-    headers: Any
+    headers: Dict[str, str]
 
 
-class WebConnection(http.client.HTTPConnection):
-    """A connection to a web server, through a Door, with TLS and by way of a proxy if need be."""
+class WebConnection:
+    """A connection to a web server, through a Door, with TLS and by way of a proxy if need be.
 
-    def __init__(self, door: Door, scheme: str, host: str, port_: int, seconds: float,
+    Made by WebClient. It speaks what a POST needs of HTTP/1.1 (RFC 9112): http.client does the
+    same at three times the cost, most of it for the headers of answers.
+    """
+
+    def __init__(self, door: Door, place: Tuple[str, str, int], seconds: float,
                  context: ssl.SSLContext) -> None:
-        super().__init__(host, port_, timeout=seconds)
-        self.door, self.scheme, self.context, self.seconds = door, scheme, context, seconds
-        self.proxy = find_proxy(scheme, host, port_)
-
-    def connect(self) -> None:
-        """Connect; called by http.client."""
-        host, port_ = self.proxy[:2] if self.proxy else (self.host, self.port)
-        sock = (Door() if self.proxy else self.door).connect(host, port_, self.seconds)
+        self.scheme, self.host, port_ = place
+        self.proxy = find_proxy(*place)
+        usual = port_ == {"https": 443, "http": 80}[self.scheme]
+        name = f"[{self.host}]" if ":" in self.host else self.host
+        self.authority = name if usual else f"{name}:{port_}"
+        self.inbox = b""
+        if self.proxy:
+            door.check_name(self.host)
+            self.sock: Any = Door().connect(self.proxy[0], self.proxy[1], seconds)
+        else:
+            self.sock = door.connect(self.host, port_, seconds)
         try:
-            if self.proxy:
-                self.door.check_name(self.host)
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self.scheme == "https":
                 if self.proxy:
-                    self.open_tunnel(sock)
-                sock = self.context.wrap_socket(sock, server_hostname=self.host)
+                    self.open_tunnel(f"{name}:{port_}")
+                self.sock = context.wrap_socket(self.sock, server_hostname=self.host)
         except BaseException:
-            sock.close()
+            self.sock.close()
             raise
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.sock = sock
 
-    def open_tunnel(self, sock: socket.socket) -> None:
+    def open_tunnel(self, place: str) -> None:
         """Have a proxy pass bytes on to the server (RFC 9110 9.3.6)."""
-        place = f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-        secret = f"Proxy-Authorization: {self.proxy[2]}\r\n" if self.proxy[2] else ""
-        sock.sendall(f"CONNECT {place} HTTP/1.1\r\nHost: {place}\r\n{secret}\r\n".encode("ascii"))
-        answer = http.client.HTTPResponse(sock, method="CONNECT")
-        answer.begin()
-        if answer.status != 200:
-            raise OSError(f"the proxy answered {answer.status}")
+        secret = {"Proxy-Authorization": self.proxy[2]} if self.proxy[2] else {}
+        self.send("CONNECT", place, {"Host": place, **secret}, None)
+        status = self.read_head()[0]
+        if status != 200:
+            raise OSError(f"the proxy answered {status}")
+
+    def exchange(self, method: str, path: str, headers: Dict[str, str], body: Optional[bytes],
+                 ) -> Tuple[WebAnswer, bool]:
+        """Send a request; return the answer, and whether the connection can be used again."""
+        if self.proxy and self.scheme == "http":
+            path = f"http://{self.authority}{path}"
+            headers = {**headers, **({"Proxy-Authorization": self.proxy[2]} if self.proxy[2]
+                                     else {})}
+        self.send(method, path, {"Host": self.authority, **headers}, body)
+        status, version, fields = self.read_head()
+        while 100 <= status < 200:                      # RFC 9110 15.2: more will come
+            status, version, fields = self.read_head()
+        whole = status in (204, 304) or self.skip_body(fields)
+        keep = version == "1.1" and fields.get("connection", "").lower() != "close"
+        return WebAnswer(status, fields), whole and keep
+
+    def send(self, method: str, path: str, headers: Dict[str, str], body: Optional[bytes]) -> None:
+        """Send a request; the one place where its lines are made."""
+        if body is not None:
+            headers = {**headers, "Content-Length": str(len(body))}
+        lines = [f"{method} {path} HTTP/1.1"] + [
+            f"{name}: {clean_line(value, MAX_HEADER_BYTES)}" for name, value in headers.items()]
+        self.sock.sendall("\r\n".join(lines + ["", ""]).encode("utf-8", "replace") + (body or b""))
+
+    def read_head(self) -> Tuple[int, str, Dict[str, str]]:
+        """Read status line and header (RFC 9112 4, 5); return status, version and fields."""
+        while b"\r\n\r\n" not in self.inbox:
+            if len(self.inbox) > MAX_ANSWER:
+                raise OSError("the header of the answer is too large")
+            self.receive()
+        head, _, self.inbox = self.inbox.partition(b"\r\n\r\n")
+        first, *lines = head.decode("latin-1").split("\r\n")
+        match = re.match(r"HTTP/(1\.[01]) ([1-9][0-9]{2})(?!\S)", first)
+        if not match:
+            raise OSError("the answer is not HTTP")
+        fields = (line.partition(":") for line in lines)
+        return int(match.group(2)), match.group(1), {
+            name.lower(): value.strip() for name, _, value in fields}
+
+    def skip_body(self, fields: Dict[str, str]) -> bool:
+        """Read over the body of an answer (RFC 9112 6); False if that is not worth it."""
+        if "transfer-encoding" in fields:
+            while not self.inbox.endswith(b"0\r\n\r\n"):
+                if len(self.inbox) > MAX_ANSWER:
+                    return False
+                self.receive()
+            self.inbox = b""
+            return True
+        length = fields.get("content-length", "")
+        if not re.fullmatch("[0-9]{1,9}", length) or int(length) > MAX_ANSWER:
+            return False
+        while len(self.inbox) < int(length):
+            self.receive()
+        self.inbox = self.inbox[int(length):]
+        return not self.inbox
+
+    def receive(self) -> None:
+        """Wait for more bytes. Raises OSError at the end."""
+        data = self.sock.recv(MAX_ANSWER)
+        if not data:
+            raise ConnectionResetError("the server closed the connection")
+        self.inbox += data
 
 
 def find_proxy(scheme: str, host: str, port_: int) -> Tuple[Any, ...]:
@@ -6901,65 +6977,55 @@ class WebClient:
     def close(self) -> None:
         """Let go of the connection."""
         if self.connection is not None:
-            self.connection.close()
+            self.connection.sock.close()
         self.place = self.connection = None
 
     def abort(self) -> None:
         """End a request that takes too long."""
-        sock = self.connection.sock if self.connection else None
-        if sock is not None:
+        connection = self.connection
+        if connection is not None:
             with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+                connection.sock.shutdown(socket.SHUT_RDWR)
 
-    def request(self, method: str, url: str, headers: Dict[str, str], body: bytes = b"",
+    def request(self, method: str, url: str, headers: Dict[str, str], body: Optional[bytes] = None,
                 ) -> WebAnswer:
-        """Send a request; return the answer. Raises OSError, also for a URL that is none."""
-        try:
-            parts = urllib.parse.urlsplit(url)
-            scheme, host = parts.scheme.lower(), parts.hostname or ""
-            host = host if host.isascii() else host.encode("idna").decode("ascii")
-            port_ = parts.port or {"https": 443, "http": 80}[scheme]
-        except (ValueError, KeyError, UnicodeError):
-            raise Forbidden(f"{clean_line(url, 200)} is not the URL of a web server") from None
-        if not host or re.search(r"[\x00-\x20\x7f]", url):
-            raise Forbidden(f"{clean_line(url, 200)} is not the URL of a web server")
-        path = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
-        path += "?" + urllib.parse.quote(parts.query, safe="/?%:@!$&'()*+,;=~-._") if (
-            parts.query) else ""
-        if basic_auth(parts):
-            headers = {"Authorization": basic_auth(parts), **headers}
+        """Send a request; return the answer. Raises OSError, Forbidden for a URL that is none."""
+        place, path, secret = split_url(url)
+        if secret:
+            headers = {"Authorization": secret, **headers}
         while True:
-            kept = self.place == (scheme, host, port_) and self.connection is not None
-            if not kept:
-                self.close()
-                self.place = scheme, host, port_
-                self.connection = WebConnection(self.door, scheme, host, port_, self.seconds,
-                                                self.context)
+            kept = self.place == place and self.connection is not None
             try:
-                return self.exchange(method, path, headers, body)
-            except (http.client.HTTPException, ConnectionError) as error:
+                if not kept:
+                    self.close()
+                    self.place = place
+                    self.connection = WebConnection(self.door, place, self.seconds, self.context)
+                assert self.connection is not None
+                answer, again = self.connection.exchange(method, path, headers, body)
+                if not again:
+                    self.close()
+                return answer
+            except BaseException as error:
                 self.close()
                 if not kept or not isinstance(error, ConnectionError):
-                    raise OSError(reason(error)) from error
-            except BaseException:
-                self.close()
-                raise
+                    raise               # else it was closed while nobody used it
 
-    def exchange(self, method: str, path: str, headers: Dict[str, str], body: bytes) -> WebAnswer:
-        """Send a request over the connection and read the answer."""
-        connection = self.connection
-        assert connection is not None
-        if connection.proxy and connection.scheme == "http":
-            path = f"http://{connection.host}:{connection.port}{path}"
-            headers = {**headers, **({"Proxy-Authorization": connection.proxy[2]}
-                                     if connection.proxy[2] else {})}
-        connection.request(method, path, body if method == "POST" else None,
-                           {name: clean_line(value).encode("utf-8", "replace")
-                            for name, value in headers.items()})
-        answer = connection.getresponse()
-        if len(answer.read(MAX_ANSWER)) == MAX_ANSWER or answer.will_close:
-            self.close()
-        return WebAnswer(answer.status, answer.headers)
+
+@functools.lru_cache(maxsize=256)
+def split_url(url: str) -> Tuple[Tuple[str, str, int], str, str]:
+    """Return ((scheme, host, port), path, Authorization) of a URL. Raises Forbidden."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        scheme, host = parts.scheme.lower(), parts.hostname or ""
+        host = host if host.isascii() else host.encode("idna").decode("ascii")
+        port_ = parts.port or {"https": 443, "http": 80}[scheme]
+        if not re.fullmatch(r"[A-Za-z0-9._:-]+", host) or re.search(r"[\x00-\x20\x7f]", url):
+            raise ValueError(url)
+    except (ValueError, KeyError, UnicodeError):
+        raise Forbidden(f"{clean_line(url, 200)} is not the URL of a web server") from None
+    path = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
+    query = urllib.parse.quote(parts.query, safe="/?%:@!$&'()*+,;=~-._")
+    return (scheme, host, port_), path + (query and "?" + query), basic_auth(parts)
 
 
 # -- What is sent --
@@ -7077,41 +7143,46 @@ class Composer:
         self.urls = {name: read_template(url, option)
                      for name, url, option in web_targets(settings)}
 
-    def request(self, entry: Entry, message: Optional[Message],
+    def request(self, entry: Entry, message: Optional[Message], raw: Optional[bytes],
                 ) -> Tuple[str, Dict[str, str], bytes]:
-        """Return URL, header and body for a delivery. Raises Hopeless."""
+        """Return URL, header and body for a delivery. Raises Hopeless.
+
+        Takes its message, None if it is gone, and the bytes of that if they are at hand.
+        """
         try:
             if entry.target.startswith("webhook "):
                 return self.webhook(entry, message)
             if message is None:
                 raise KeyError(entry.message)
-            return self.forward(entry, message)
+            return self.forward(entry, message, raw)
         except TemplateError as error:
             raise Hopeless(str(error)) from None
         except KeyError:
             raise Hopeless("the message was deleted") from None
 
-    def forward(self, entry: Entry, message: Message) -> Tuple[str, Dict[str, str], bytes]:
+    def forward(self, entry: Entry, message: Message, raw: Optional[bytes],
+                ) -> Tuple[str, Dict[str, str], bytes]:
         """Return the request that forwards a message."""
         url = self.urls.get(entry.target)
         if url is None:
             raise Hopeless("the target is not configured any more")
         headers = {"Content-Type": "application/json"}
         if self.body is None and not self.headers and "{{" not in url.text:
-            return url.text, headers, self.plain(message, entry.key)
+            return url.text, headers, self.plain(message, entry.key, raw)
         fields, world = forward_fields(self.store, message, entry.key), surroundings()
         body = (self.body.render(fields, world).encode("utf-8", "replace") if self.body
-                else self.plain(message, entry.key))
+                else self.plain(message, entry.key, raw))
         for name, value in self.headers:
             headers = {known: text for known, text in headers.items()
                        if known.lower() != name.lower()}
             headers[name] = value.render(fields, world)
         return url.render(fields, world), headers, body
 
-    def plain(self, message: Message, key: str) -> bytes:
+    def plain(self, message: Message, key: str, data: Optional[bytes]) -> bytes:
         """Return the JSON object that is sent when there is no template."""
-        raw = self.store.raw(message.id)
-        data = raw.read(0, raw.size)
+        if data is None:
+            raw = self.store.raw(message.id)
+            data = raw.read(0, raw.size)
         body = data[header_length(data):].replace(b"\r\n", b"\n")[1:]
         return json_text({
             "id": key, "timestamp": rfc3339(message.received), "sender": message.sender,
@@ -7812,6 +7883,7 @@ class Lane:
         self.again = False              # something came while it was busy
         self.failures = 0               # in a row, of the target itself
         self.suspect = False            # it had failures when it was taken up
+        self.loaded: Dict[int, Any] = {}        # the messages of the page that is being worked on
         self.overdue = 0.0              # when the request under way has taken too long
 
 
@@ -7829,6 +7901,8 @@ class Couriers:
         self.condition = threading.Condition()
         self.lanes: Dict[Tuple[str, int], Lane] = {}    # those with something to do
         self.failing = 0                # lanes of failing targets that are being worked on
+        self.running: Dict[str, int] = collections.Counter()    # lanes that are, by target
+        self.slow: Set[str] = set()     # targets that are worth more than one lane at a time
         self.stopping = False
         self.attempts: Dict[str, int] = collections.Counter()     # by how they ended
         self.heavy = threading.Semaphore(HEAVY_AT_ONCE)
@@ -7903,12 +7977,14 @@ class Couriers:
         with self.condition:
             while not self.stopping:
                 now = time.monotonic()
-                free = [lane for lane in self.lanes.values() if not lane.busy and (
-                    not lane.failures or self.failing < COURIERS // 2)]
+                free = [lane for lane in self.lanes.values() if not lane.busy
+                        and (not lane.failures or self.failing < COURIERS // 2)
+                        and (lane.target in self.slow or not self.running[lane.target])]
                 lane = min(free, key=lambda lane: lane.when, default=None)
                 if lane is not None and lane.when <= now:
                     lane.busy, lane.again, lane.suspect = True, False, lane.failures > 0
                     self.failing += lane.suspect
+                    self.running[lane.target] += 1
                     if any(other.when <= now for other in free if other is not lane):
                         self.call_thread()
                     return lane
@@ -7921,11 +7997,15 @@ class Couriers:
         """Put a lane back, to be looked at again after a pause; None: when something comes."""
         with self.condition:
             self.failing -= lane.suspect
+            self.running[lane.target] -= 1
+            if not self.running[lane.target]:
+                del self.running[lane.target]
             lane.busy = False
             if pause is not None or lane.again:
                 lane.when = time.monotonic() + (pause or 0.0)
             else:
                 del self.lanes[lane.target, lane.number]
+                self.slow.discard(lane.target)
                 if lane.client is not None:
                     lane.client.close()
             self.condition.notify()
@@ -7953,6 +8033,7 @@ class Couriers:
         if not entries or entries[0].due > now:
             return (entries[0].due - now) / 1000 if entries else None
         over, pause = [], 0.0
+        lane.loaded = self.outbox.load(entries)
         for entry in entries:
             if entry.due > now:
                 break
@@ -7965,6 +8046,10 @@ class Couriers:
             lane.failures = 0
             if self.stopping or time.monotonic() - begun > SETTLE_SECONDS:
                 break
+        if (time.monotonic() - begun) / len(over) > SLOW_SECONDS:
+            self.slow.add(lane.target)
+        else:
+            self.slow.discard(lane.target)
         self.outbox.settle(over)
         return pause
 
@@ -7987,9 +8072,9 @@ class Couriers:
         if lane.client is None:
             door = Door(self.settings.webhook_allow if lane.target.startswith("webhook ") else None)
             lane.client = WebClient(door, self.context, self.settings.forward_timeout)
-        message = self.store.find(entry.message) if entry.message else None
+        message, raw = lane.loaded.get(entry.message or 0, (None, None))
         with self.heavy if message and message.size > HEAVY else contextlib.nullcontext():
-            url, headers, body = self.composer.request(entry, message)
+            url, headers, body = self.composer.request(entry, message, raw)
             headers.update(sign(self.settings.forward_secret or "", entry.key, int(time.time()),
                                 body))
             headers.setdefault("User-Agent", "pegmail/" + __version__)
@@ -8006,9 +8091,9 @@ class Couriers:
     def follow(self, lane: Lane, url: str, answer: WebAnswer) -> WebAnswer:
         """Go where a 303 leads, by GET and without what the POST carried (RFC 9110 15.4.4)."""
         for _ in range(MAX_REDIRECTS):
-            if answer.status not in (301, 302, 303, 307, 308) or "Location" not in answer.headers:
+            if answer.status not in (301, 302, 303, 307, 308) or "location" not in answer.headers:
                 break
-            url = urllib.parse.urljoin(url, answer.headers["Location"])
+            url = urllib.parse.urljoin(url, answer.headers["location"])
             client = WebClient(Door(self.settings.webhook_allow), self.context,
                                self.settings.forward_timeout)
             try:
@@ -8086,7 +8171,7 @@ class Couriers:
             return Attempt("delivered")
         error = f"the target answered {status}"
         if 300 <= status < 400:
-            error += " to " + clean_line(answer.headers.get("Location", "nowhere"), 200)
+            error += " to " + clean_line(answer.headers.get("location", "nowhere"), 200)
             return Attempt("waiting", error + "; a POST is not sent on: name that URL")
         if 400 <= status < 500 and status not in (408, 425, 429) and not self.settings.retry_4xx:
             return Attempt("failed", error)
@@ -8129,9 +8214,9 @@ def relay_of(settings: Settings) -> Optional[Relay]:
                  settings.relay_password or "")
 
 
-def retry_after(headers: Any) -> float:
+def retry_after(headers: Dict[str, str]) -> float:
     """Return the seconds that Retry-After asks for, at most a day (RFC 9110 10.2.3)."""
-    text = headers.get("Retry-After", "").strip()
+    text = headers.get("retry-after", "")
     if re.fullmatch("[0-9]{1,9}", text):
         return min(86400.0, float(text))
     try:
