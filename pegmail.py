@@ -333,7 +333,8 @@ OPTIONS = (
     Option("outbox_keep", 86400, number(0, 31536000),
            "Seconds that a delivery is remembered; failed ones ten times as long.", "SECONDS"),
     Option("webhook_allow", (), network,
-           "Private networks that webhooks set by the API may lead to.", "ADDR", many=True),
+           "Private networks that webhooks set by the API, and mail without a relay, may go to.",
+           "ADDR", many=True),
     Option("webhook_failures", 50, number(1, 100000),
            "A webhook is disabled after so many failed attempts in a row.", "N"),
     Option("attachments", "none", ("none", "links", "base64"),
@@ -3062,7 +3063,7 @@ CREATE TABLE outbox (                      -- what is to leave, has left, or cou
     attempts INTEGER NOT NULL DEFAULT 0,
     error TEXT NOT NULL DEFAULT '');
 CREATE INDEX outbox_waiting ON outbox (target, due, id) WHERE state = 'waiting';
-CREATE INDEX outbox_over ON outbox (due) WHERE state <> 'waiting';
+CREATE INDEX outbox_over ON outbox (state, due) WHERE state <> 'waiting';
 CREATE INDEX outbox_message ON outbox (message) WHERE message IS NOT NULL;
 CREATE TABLE webhook (
     id TEXT PRIMARY KEY, mailbox TEXT NOT NULL, url TEXT NOT NULL, events TEXT NOT NULL,
@@ -4593,8 +4594,8 @@ class Outbox:
 
         def work(db: sqlite3.Connection) -> int:
             rows = db.execute("SELECT id, message, only AND state = 'delivered' FROM outbox WHERE "
-                              "state <> 'waiting' AND due <= ? ORDER BY due LIMIT ?",
-                              (now, limit)).fetchall()
+                              "state <> 'waiting' AND state IN ('delivered', 'failed') AND "
+                              "due <= ? LIMIT ?", (now, limit)).fetchall()
             for ident, message, only in rows:
                 db.execute("DELETE FROM outbox WHERE id = ?", (ident,))
                 if only and not db.execute("SELECT 1 FROM outbox WHERE message = ?",
@@ -4615,8 +4616,11 @@ class Outbox:
 
     def counts(self) -> Dict[str, int]:
         """Return the number of deliveries in each state."""
-        return {state: self.store.read_rows("SELECT count(*) FROM outbox WHERE state = ?",
-                                            (state,))[0][0] for state in STATES}
+        return {state: self.store.read_rows(f"SELECT count(*) FROM outbox WHERE {which}")[0][0]
+                for state, which in (
+                    ("waiting", "state = 'waiting'"),
+                    ("delivered", "state <> 'waiting' AND state = 'delivered'"),
+                    ("failed", "state <> 'waiting' AND state = 'failed'"))}   # as the indexes have it
 
     def retry(self, ident: int) -> bool:
         """Have a delivery that failed or waits tried now; False if there is none."""
@@ -7875,8 +7879,9 @@ class Attempt(NamedTuple):
 class Lane:
     """A share of a target's deliveries, which go one after another; made by Couriers."""
 
-    def __init__(self, target: str, number_: int, count: int) -> None:
+    def __init__(self, target: str, number_: int, count: int, ordered: bool = False) -> None:
         self.target, self.number, self.count = target, number_, count
+        self.ordered = ordered          # nothing overtakes a delivery that is to be tried again
         self.client: Any = None
         self.when = 0.0                 # when it is to be looked at, on the clock of time.monotonic
         self.busy = False
@@ -7906,6 +7911,8 @@ class Couriers:
         self.stopping = False
         self.attempts: Dict[str, int] = collections.Counter()     # by how they ended
         self.heavy = threading.Semaphore(HEAVY_AT_ONCE)
+        # Where a sender's domain points to is that sender's choice, and bounces go there.
+        self.mail_door = Door(None if settings.relay else settings.webhook_allow)
         self.resolver = Resolver([f"[{host}]:{port_ or 53}" if ":" in host else
                                   f"{host}:{port_ or 53}" for host, port_ in settings.dns_server]
                                  or read_resolv_conf())
@@ -7944,16 +7951,20 @@ class Couriers:
                 lane.client.abort()
         for thread in self.threads:
             thread.join(1)
+        for lane in self.lanes.values():
+            if lane.client is not None:
+                lane.client.close()
 
     def wake(self, targets: Iterable[str]) -> None:
         """Look at these targets now; from any thread."""
         with self.condition:
             for target in targets:
-                count = 1 if target.startswith("webhook ") else self.settings.forward_parallel
+                hook, count = target.startswith("webhook "), self.settings.forward_parallel
+                count, ordered = (1, False) if hook else (count, count == 1)
                 for number_ in range(count):
                     lane = self.lanes.get((target, number_))
                     if lane is None:
-                        lane = self.lanes[target, number_] = Lane(target, number_, count)
+                        lane = self.lanes[target, number_] = Lane(target, number_, count, ordered)
                     lane.again = True
                     if not lane.failures:
                         lane.when = 0.0
@@ -8001,8 +8012,10 @@ class Couriers:
             if not self.running[lane.target]:
                 del self.running[lane.target]
             lane.busy = False
-            if pause is not None or lane.again:
-                lane.when = time.monotonic() + (pause or 0.0)
+            if lane.again and not lane.failures:
+                pause = 0.0
+            if pause is not None:
+                lane.when = time.monotonic() + pause
             else:
                 del self.lanes[lane.target, lane.number]
                 self.slow.discard(lane.target)
@@ -8039,7 +8052,7 @@ class Couriers:
                 break
             attempt = self.attempt(lane, entry)
             over.append(self.judge(lane, entry, attempt))
-            if attempt.state == "waiting" and (attempt.stop or lane.count == 1):
+            if attempt.state == "waiting" and (attempt.stop or lane.ordered):
                 lane.failures += 1
                 pause = attempt.after or self.backoff(lane.failures)
                 break
@@ -8107,7 +8120,7 @@ class Couriers:
         if lane.client is None:
             lane.client = MailCourier(self.settings.hostname, self.resolver,
                                       relay_of(self.settings), self.settings.forward_timeout,
-                                      self.settings.ca_file, Door().connect)
+                                      self.settings.ca_file, self.mail_door.connect)
         sender, content = self.letter(entry)
         head = content.read(0, self.settings.max_header)
         head = head[:header_length(head)]
@@ -8185,8 +8198,7 @@ class Couriers:
         self.attempts[state] += 1
         due = self.outbox.forget_at(state)
         if state == "waiting":
-            ordered = lane.count == 1   # then it stays the first, and the lane waits
-            due = entry.due if ordered else now + int(
+            due = entry.due if lane.ordered else now + int(
                 1000 * (attempt.after or self.backoff(attempts)))
             log.warning("%s: delivery %d to %s is to be tried again: %s", entry.key, entry.id,
                         lane.target, attempt.error)
@@ -8229,6 +8241,10 @@ def retry_after(headers: Dict[str, str]) -> float:
 def check_outgoing(settings: Settings) -> None:
     """Try all templates and read the certificates to trust. Raises SettingsError."""
     web_context(settings)
+    try:
+        sign(settings.forward_secret or "", "", 0, b"")
+    except ValueError:
+        raise SettingsError("--forward_secret: what follows whsec_ is not base64", 2) from None
     for text, option in [(settings.template or "", "--template")] + [
             (value, "--header") for _, value in settings.header] + [
             (url, option) for _, url, option in web_targets(settings)]:
@@ -10149,8 +10165,9 @@ def sendmail(arguments: Sequence[str]) -> int:
     if len(data) > settings.max_size:
         print(f"sendmail: the message is larger than {settings.max_size} bytes", file=sys.stderr)
         return EX_DATAERR
-    data = LINE_END.sub(line_end, data if given.i else data.partition(b"\n.\n")[0] + b"\n"
-                        if b"\n.\n" in data else data)
+    if not given.i:                     # a line with a single dot ends the message
+        data = re.split(rb"(?m)^\.\r?$\n?", data, maxsplit=1)[0]
+    data = LINE_END.sub(line_end, data)
     head = data[:header_length(data)]
     if given.t:
         names += header_recipients(head)
