@@ -9002,7 +9002,7 @@ class APIHandler(http.server.BaseHTTPRequestHandler):
             allowed = [known for known, place in ROUTES if place == path]
             if not allowed:
                 raise Problem(404, "no such path; /openapi.json lists them")
-            allowed += ["HEAD"] if allowed == ["GET"] else []
+            allowed += ["HEAD"] if "GET" in allowed and not ROUTES["GET", path].changes else []
             raise Problem(405, "method not allowed, use " + " or ".join(allowed),
                           Allow=", ".join(allowed))
         if entry.changes:
