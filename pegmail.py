@@ -416,18 +416,14 @@ def read_env_file(path: str) -> Dict[str, str]:
     values = {}
     try:
         with open(path, encoding="utf-8") as file:
-            lines = file.read(1 << 20).splitlines()
+            text = file.read(1 << 20)
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: cannot be read: {reason(error)}") from None
-    for line in lines:
-        match = re.fullmatch(r"\s*(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(.*?)\s*", line)
-        if match:
-            name, value = match.groups()
-            quoted = re.fullmatch(r"""(?:'([^']*)'|"([^"]*)")(?:\s+#.*)?""", value)
-            bare = re.sub(r"(^|\s+)#.*", "", value)
-            values[name] = (quoted.group(1) or quoted.group(2) or "") if quoted else bare
+    for match in re.finditer(r"""(?m)^[ \t]*(?:export[ \t]+)?([A-Za-z_]\w*)[ \t]*=[ \t]*"""
+                             r"""(?:'([^']*)'|"([^"]*)"|(.*?))[ \t]*(?:(?<=\s)#.*)?$""", text):
+        values[match.group(1)] = next((value for value in match.groups()[1:] if value), "")
     return values
 
 
@@ -9107,7 +9103,7 @@ class APIHandler(http.server.BaseHTTPRequestHandler):
             allowed = [known for known, place in ROUTES if place == path]
             if not allowed:
                 raise Problem(404, "no such path; /openapi.json lists them")
-            allowed += ["HEAD"] if allowed == ["GET"] else []
+            allowed += ["HEAD"] if "GET" in allowed and not ROUTES["GET", path].changes else []
             raise Problem(405, "method not allowed, use " + " or ".join(allowed),
                           Allow=", ".join(allowed))
         if entry.changes:
