@@ -4545,7 +4545,7 @@ class Outbox:
         """
         ids = [entry.message for entry in entries if entry.message]
         rows = self.store.read_rows(
-            f"SELECT {MESSAGE}, CASE WHEN file IS NULL AND holes = '' THEN raw END "
+            f"SELECT {MESSAGE}, CASE WHEN file IS NULL AND holes = '' AND size < 16384 THEN raw END "
             "FROM message AS m JOIN content USING (id) WHERE m.id IN (%s)"
             % ",".join("?" * len(ids)), ids)
         return {row[0]: (Message(*row[:-1]), row[-1]) for row in rows}
@@ -6644,7 +6644,7 @@ def is_loopback(peer: str) -> bool:
 # =====================================================================================
 
 COURIERS = 16                 # threads; half of them at most for targets that fail
-PAGE = 20                     # deliveries that a lane takes from the outbox in one go
+PAGE = 50                     # deliveries that a lane takes from the outbox in one go
 SLOW_SECONDS = 0.005          # a delivery; of a faster target several at once win nothing
 SETTLE_SECONDS = 0.5          # after which what became of them is written down
 HOUSE_SECONDS = 5.0           # how often the outbox is looked through

@@ -10145,6 +10145,27 @@ def serve_list(path):
     server.serve_forever()
 
 
+def swallow_posts():
+    """Answer every POST with 200 over connections that stay open; print the port."""
+    def serve(sock):
+        data = b""
+        while True:
+            head, end, rest = data.partition(b"\r\n\r\n")
+            length = re.search(rb"(?i)content-length: (\d+)", head)
+            if end and len(rest) >= int(length.group(1)):
+                data = rest[int(length.group(1)):]
+                sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+                continue
+            more = sock.recv(1 << 16)
+            if not more:
+                return
+            data += more
+    listener = socket.create_server(("127.0.0.1", 0))
+    print(listener.getsockname()[1], flush=True)
+    while True:
+        threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+
+
 # -- What is measured with --
 
 class Bench:
@@ -10455,6 +10476,29 @@ def forget_pages(path):
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@measures
+def measure_forward(bench):
+    """Intake while each message goes on by HTTP POST to this host, beside intake alone."""
+    posted = []
+
+    def forwarding():
+        with Child(swallow_posts) as child, Running(
+                "--url", f"http://127.0.0.1:{child.line()}/") as server:
+            bench.send(server.smtp_port, 10, KB, 500)
+            count, begun = round(2000 * bench.seconds), time.perf_counter()
+            bench.send(server.smtp_port, 10, KB, count)
+            taken = time.perf_counter() - begun
+            wait_for(lambda: b'_outbox{state="waiting"} 0' in server.request("/metrics")[2], 300,
+                     "the deliveries")
+            posted.append(count / (time.perf_counter() - begun))
+            return count / taken
+    ours, alone = bench.alternate(forwarding, functools.partial(bench.rate_of_pegmail, 10, KB))
+    yield compare("SMTP 1 KB, 10 connections, each message forwarded", ours, alone,
+                  "without forwarding", "0.5x")
+    yield Row("deliveries by HTTP POST meanwhile, until the last",
+              f"{statistics.median(posted):,.0f}/s", "-", "-", "1,000/s")
 
 
 @measures
