@@ -4073,6 +4073,321 @@ class StallTest(unittest.TestCase):
 # 6. Trust: asking the DNS
 # =====================================================================================
 
+def listening(kind=socket.SOCK_STREAM, port=0):
+    """Return a socket on a free port of loopback."""
+    sock = socket.socket(socket.AF_INET, kind)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind(("127.0.0.1", port))
+    if kind == socket.SOCK_STREAM:
+        sock.listen(16)
+    return sock
+
+
+class ThreadCase(unittest.TestCase):
+    """A test that leaves no thread behind."""
+
+    def setUp(self):
+        before = set(threading.enumerate())
+        self.addCleanup(lambda: self.assertEqual(set(threading.enumerate()) - before, set()))
+
+
+def rdata(kind, value):
+    """Return the data of a record."""
+    if kind in ("A", "AAAA"):
+        return socket.inet_pton(socket.AF_INET if kind == "A" else socket.AF_INET6, value)
+    if kind == "MX":
+        return struct.pack(">H", value[0]) + pegmail.encode_name(value[1])
+    if kind == "TXT":
+        return b"".join(bytes([len(text)]) + text for text in value)
+    return pegmail.encode_name(value)
+
+
+def record(name, kind, value, ttl=300):
+    """Return a record; a name of None is a pointer to the question."""
+    data = rdata(kind, value)
+    owner = b"\xc0\x0c" if name is None else pegmail.encode_name(name)
+    return owner + struct.pack(">HHLH", pegmail.KINDS[kind], 1, ttl, len(data)) + data
+
+
+class NameServer:
+    """A name server. A zone is {(name, kind): values}; a value may be bytes: the whole answer."""
+
+    def __init__(self, zone, code=0, ttl=300, lies=(), truncate=False, silent=False,
+                 depth=4):
+        self.depth = depth
+        self.zone, self.code, self.ttl, self.lies = zone, code, ttl, lies
+        self.truncate, self.silent = truncate, silent
+        self.asked, self.ports = [], []
+        self.udp = listening(socket.SOCK_DGRAM)
+        self.port = self.udp.getsockname()[1]
+        self.tcp = listening(port=self.port)
+        self.threads = [threading.Thread(target=run) for run in (self.serve_udp, self.serve_tcp)]
+        for thread in self.threads:
+            thread.start()
+
+    @property
+    def name(self):
+        return f"127.0.0.1:{self.port}"
+
+    def close(self):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.sendto(b"", ("127.0.0.1", self.port))
+        self.tcp.shutdown(socket.SHUT_RDWR)
+        for thread in self.threads:
+            thread.join()
+        self.udp.close()
+        self.tcp.close()
+
+    def answer(self, query, truncate):
+        """Return the answer to a query: CNAMEs are followed within the zone."""
+        name, end = pegmail.decode_name(query, 12)
+        number = struct.unpack_from(">H", query, end)[0]
+        kind = next(key for key, value in pegmail.KINDS.items() if value == number)
+        self.asked.append((name, kind))
+        records, owner = [], name
+        for _ in range(self.depth):
+            values = self.zone.get((owner, kind), [])
+            if isinstance(values, bytes):
+                return query[:2] + values
+            if values or (owner, "CNAME") not in self.zone:
+                records += [record(owner, kind, value, self.ttl) for value in values]
+                break
+            target = self.zone[owner, "CNAME"]
+            records.append(record(owner, "CNAME", target, self.ttl))
+            owner = target
+        known = any(owner == key for key, _ in self.zone)
+        code = self.code or (0 if known else 3)
+        flags = 0x8180 | code | (0x0200 if truncate else 0)
+        count = 0 if truncate else len(records)
+        return (query[:2] + struct.pack(">5H", flags, 1, count, 0, 0) + query[12:]
+                + (b"" if truncate else b"".join(records)))
+
+    def serve_udp(self):
+        while True:
+            query, peer = self.udp.recvfrom(4096)
+            if not query:
+                return
+            self.ports.append(peer[1])
+            for lie in self.lies:
+                self.udp.sendto(lie(query), peer)
+            if not self.silent:
+                self.udp.sendto(self.answer(query, self.truncate), peer)
+
+    def serve_tcp(self):
+        while True:
+            try:
+                sock, _ = self.tcp.accept()
+            except OSError:
+                return
+            with sock:
+                sock.settimeout(5)
+                size = struct.unpack(">H", sock.recv(2))[0]
+                data = self.answer(sock.recv(size), False)
+                data = struct.pack(">H", len(data)) + data
+                sock.sendall(data[:1])
+                sock.sendall(data[1:])
+
+
+ZONE = {
+    ("example.com", "MX"): [(20, "b.example.com"), (10, "A.Example.com"), (20, "c.example.com")],
+    ("example.com", "TXT"): [[b"v=spf1 ", b"-all"], [b"other"]],
+    ("a.example.com", "A"): ["192.0.2.1"], ("a.example.com", "AAAA"): ["2001:db8::1"],
+    ("b.example.com", "CNAME"): "real.example.com", ("real.example.com", "A"): ["192.0.2.2"],
+    ("bare.example.com", "A"): ["192.0.2.3"],
+    ("null.example.com", "MX"): [(0, ".")],
+    ("odd.example.com", "MX"): [(0, "."), (5, "bare.example.com")],
+    ("1.2.0.192.in-addr.arpa", "PTR"): ["a.example.com"],
+    ("x.example.com", "CNAME"): "y.example.com", ("y.example.com", "CNAME"): "x.example.com",
+    ("dangling.example.com", "CNAME"): "nowhere.example.com",
+    ("many.example.com", "MX"): [(n, f"h{n}.example.com") for n in range(40)],
+    ("loop.example.com", "A"): b"\x81\x80\0\1\0\1\0\0\0\0\xc0\x0c\0\1\0\1",
+}
+
+
+class DNSTest(unittest.TestCase):
+    """The form of queries and answers."""
+
+    def test_query(self):
+        self.assertEqual(pegmail.encode_query(0x1234, "Example.com.", "MX"),
+                         b"\x12\x34\1\0\0\1\0\0\0\0\0\0\7example\3com\0\0\x0f\0\1")
+        self.assertEqual(pegmail.encode_name("b\u00fccher.example"),
+                         b"\x0dxn--bcher-kva\7example\0")
+        self.assertEqual(pegmail.encode_name("."), b"\0")
+
+    def test_names_that_cannot_be(self):
+        for name in ("a..b", "x" * 64, "x." * 128, "a b", "\u2028.example", ".a", "a\r\n.b"):
+            with self.subTest(name=name), self.assertRaises(pegmail.NoSuchName):
+                pegmail.encode_name(name)
+
+    def test_hostile_answers(self):
+        start = b"\0\1\x81\x80\0\1\0\1\0\0\0\0"
+        for data in (b"", b"\0", start, start + b"\xc0\x0c\0\1\0\1", start + b"\xc0\xff\0\1\0\1",
+                     start + b"\xc0", start + b"\x80abc", start + b"\x3fabc",
+                     start + b"\1a\0\0\1\0\1" + b"\xc0\x0c\0\1\0\1\0\0\0\1\0\5abcde",
+                     start + b"\1a\0\0\1\0\1" + b"\xc0\x0c\0\1\0\1\0\0\0\1\xff\xff",
+                     start + b"\1a\0\0\1\0\1" + b"\xc0\x13" * 2,
+                     start + b"\x3f" + b"a" * 63 + (b"\x3f" + b"b" * 63) * 4 + b"\0\0\1\0\1"):
+            with self.subTest(data=data[:40]), self.assertRaises(pegmail.DNSError):
+                pegmail.decode_answer(data)
+
+    def test_fuzz(self):
+        chance = random.Random(7)
+        good = (struct.pack(">6H", 1, 0x8180, 1, 5, 0, 0)
+                + pegmail.encode_query(1, "a.example", "MX")[12:]
+                + record(None, "MX", (10, "mx.example")) + record(None, "TXT", [b"x" * 80, b"y"])
+                + record(None, "A", "192.0.2.1") + record("b.example", "AAAA", "::1")
+                + record(None, "CNAME", "c.example"))
+        self.assertEqual([r.value for r in pegmail.decode_answer(good).records],
+                         [(10, "mx.example"), "x" * 80 + "y", "192.0.2.1", "::1", "c.example"])
+        for _ in range(8000):
+            data = bytearray(good)
+            for _ in range(chance.randrange(1, 6)):
+                data[chance.randrange(len(data))] = chance.choice((0, 1, 63, 192, 255,
+                                                                   chance.randrange(256)))
+            with contextlib.suppress(pegmail.DNSError):
+                pegmail.decode_answer(bytes(data[:chance.randrange(12, len(data) + 1)]))
+
+    def test_odd_labels_keep_their_dots(self):
+        name = pegmail.decode_name(b"\4a.b\\\3C\r\n\0", 0)[0]
+        self.assertEqual(name, "a\\046b\\092.c\\013\\010")
+
+    def test_no_time_is_lost_on_pointers(self):
+        head = struct.pack(">6H", 1, 0x8180, 1, 65535, 0, 0) + b"\1a\0\0\1\0\1"
+        deep = b"".join(b"\1a" for _ in range(120)) + b"\0"
+        body = record("a", "TXT", [deep[:250]])
+        one = struct.pack(">HHHLH", 0xC000 | (len(head) + 14), 1, 1, 1, 4) + b"1234"
+        chain = b"".join(struct.pack(">H", 0xC000 | n) for n in range(20, 16000, 2))
+        for data in (head + body + one * 4000, head + one + chain, head + b"\xc0\x13" * 9000):
+            began = time.monotonic()
+            with contextlib.suppress(pegmail.DNSError):
+                pegmail.decode_answer(data[:65535])
+            self.assertLess(time.monotonic() - began, 0.5)
+
+    def test_resolv_conf(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "resolv.conf")
+            self.assertEqual(pegmail.read_resolv_conf(path), ["127.0.0.1"])
+            with open(path, "w", encoding="utf-8") as file:
+                file.write("# x\nsearch a\nnameserver 192.0.2.1\nnameserver\nnameserver ::1\n")
+            self.assertEqual(pegmail.read_resolv_conf(path), ["192.0.2.1", "::1"])
+
+
+class ResolverTest(ThreadCase):
+    """The resolver with a real name server."""
+
+    def serve(self, zone=ZONE, **options):
+        server = NameServer(zone, **options)
+        self.addCleanup(server.close)
+        return server
+
+    def resolver(self, *servers, timeout=0.3, **options):
+        return pegmail.Resolver([server.name for server in servers], timeout, **options)
+
+    def test_values(self):
+        resolver = self.resolver(self.serve())
+        for name, kind, values in (
+                ("a.example.com", "A", ["192.0.2.1"]), ("a.example.com", "AAAA", ["2001:db8::1"]),
+                ("example.com", "TXT", ["v=spf1 -all", "other"]), ("a.example.com", "TXT", []),
+                ("1.2.0.192.in-addr.arpa", "PTR", ["a.example.com"]),
+                ("B.example.com.", "A", ["192.0.2.2"])):
+            with self.subTest(name=name, kind=kind):
+                self.assertEqual(resolver.query(name, kind), values)
+        for name in ("nowhere.example.com", "dangling.example.com", "a..b"):
+            with self.assertRaises(pegmail.NoSuchName):
+                resolver.query(name, "A")
+
+    def test_truncated_comes_by_tcp(self):
+        server = self.serve(truncate=True)
+        self.assertEqual(self.resolver(server).query("a.example.com", "A"), ["192.0.2.1"])
+        self.assertEqual(len(server.asked), 2)
+
+    def test_lies_are_passed_over(self):
+        def forged(query):
+            return (query[:2] + struct.pack(">5H", 0x8180, 1, 1, 0, 0) + query[12:]
+                    + record(None, "A", "203.0.113.66"))
+        lies = [lambda query: b"x", lambda query: forged(bytes([query[0] ^ 1]) + query[1:]),
+                lambda query: forged(query[:12]
+                                     + pegmail.encode_query(1, "evil.example", "A")[12:]),
+                lambda query: query]
+        server = self.serve(lies=lies)
+        self.assertEqual(self.resolver(server).query("a.example.com", "A"), ["192.0.2.1"])
+
+    def test_next_server(self):
+        gone = listening(socket.SOCK_DGRAM)
+        self.addCleanup(gone.close)
+        for bad in (self.serve(silent=True).name, self.serve(code=2).name, self.serve(code=5).name,
+                    f"127.0.0.1:{gone.getsockname()[1]}", "127.0.0.1:1"):
+            with self.subTest(bad=bad):
+                resolver = pegmail.Resolver([bad, self.serve().name], 0.1)
+                self.assertEqual(resolver.query("a.example.com", "A"), ["192.0.2.1"])
+                with self.assertRaises(pegmail.DNSError) as caught:
+                    pegmail.Resolver([bad], 0.05).query("a.example.com", "A")
+                self.assertNotIsInstance(caught.exception, pegmail.NoSuchName)
+
+    def test_ends_in_time(self):
+        server = self.serve(silent=True, lies=[lambda query: b"x"] * 50)
+        began = time.monotonic()
+        with self.assertRaises(pegmail.DNSError):
+            self.resolver(server, timeout=0.1).query("a.example.com", "A")
+        self.assertLess(time.monotonic() - began, 1)
+
+    def test_aliases_that_do_not_end(self):
+        server = self.serve()
+        for name in ("x.example.com", "loop.example.com"):
+            with self.assertRaises(pegmail.DNSError):
+                self.resolver(server, timeout=0.05).query(name, "A")
+        chain = {(f"n{n}.example", "CNAME"): f"n{n + 1}.example" for n in range(100)}
+        server = self.serve(chain, depth=50)
+        with self.assertRaises(pegmail.DNSError):
+            self.resolver(server).query("n0.example", "A")
+
+    def test_cache(self):
+        clock = [0.0]
+        server = self.serve(ttl=1 << 30)
+        resolver = self.resolver(server, now=lambda: clock[0])
+        for step, asked in ((0, 1), (0, 1), (pegmail.MAX_TTL - 1, 1), (2, 2)):
+            clock[0] += step
+            resolver.query("a.example.com", "A").append("not kept")
+            self.assertEqual(len(server.asked), asked)
+        for _ in range(2):
+            with self.assertRaises(pegmail.NoSuchName):
+                resolver.query("nowhere.example.com", "A")
+        self.assertEqual(len(server.asked), 3)
+        for n in range(pegmail.MAX_CACHE + 10):
+            resolver.remember((str(n), "A"), 5, [])
+        self.assertEqual(len(resolver.cache), pegmail.MAX_CACHE)
+
+    def test_no_ttl_no_cache(self):
+        server = self.serve(ttl=(1 << 31) + 5)
+        resolver = self.resolver(server)
+        resolver.query("a.example.com", "A")
+        resolver.query("a.example.com", "A")
+        self.assertEqual(len(server.asked), 2)
+        self.assertGreater(len(set(server.ports)), 1)
+
+    def test_mail_hosts(self):
+        resolver = self.resolver(self.serve(), random=random.Random(1))
+        self.assertEqual(resolver.mail_hosts("bare.example.com"), ["bare.example.com"])
+        self.assertEqual(resolver.mail_hosts("odd.example.com"), ["bare.example.com"])
+        self.assertEqual(resolver.mail_hosts("[192.0.2.9]"), ["192.0.2.9"])
+        self.assertEqual(resolver.mail_hosts("[IPv6:2001:DB8::9]"), ["2001:db8::9"])
+        self.assertEqual(len(resolver.mail_hosts("many.example.com")), pegmail.MAX_TRIES)
+        orders = {tuple(resolver.mail_hosts("Example.com")) for _ in range(30)}
+        self.assertEqual(orders, {("a.example.com", "b.example.com", "c.example.com"),
+                                  ("a.example.com", "c.example.com", "b.example.com")})
+        self.assertEqual(resolver.addresses("a.example.com"), ["192.0.2.1", "2001:db8::1"])
+        self.assertEqual(resolver.addresses("b.example.com"), ["192.0.2.2"])
+        self.assertEqual(resolver.addresses("nowhere.example.com"), [])
+
+    def test_no_mail_there(self):
+        resolver = self.resolver(self.serve())
+        for domain, code, status in (("null.example.com", 556, "5.1.10"), ("[1.2]", 553, "5.1.3"),
+                                     ("nowhere.example.com", 550, "5.1.2")):
+            with self.subTest(domain=domain), self.assertRaises(pegmail.Undeliverable) as caught:
+                resolver.mail_hosts(domain)
+            self.assertEqual(caught.exception.reply[:2], (code, status))
+
+
 # =====================================================================================
 # 7. Sessions: the protocols, without sockets
 # =====================================================================================
@@ -6346,6 +6661,555 @@ class SmtpSourceTest(ClientCase):
                           "-t", "b@c.example", f"127.0.0.1:{self.server.lmtp_port}")
         self.assertEqual(len(items), 50)
         self.assertIn(b" with LMTP", self.received(items[0])[1])
+
+
+# -- Mail to other hosts --
+
+class MailHost:
+    """An SMTP server that plays a script: {verb: reply, or a list of replies one after another}.
+
+    A reply of None hangs up. What came is in `lines` and `contents`.
+    """
+
+    def __init__(self, script=None, ehlo="SIZE 100000\n8BITMIME\nSMTPUTF8", context=None,
+                 tls_first=False):
+        self.script = {key: list(value) if isinstance(value, list) else value
+                       for key, value in (script or {}).items()}
+        self.ehlo, self.context, self.tls_first = ehlo, context, tls_first
+        self.lines, self.contents, self.connections = [], [], 0
+        self.sock = listening()
+        self.port = self.sock.getsockname()[1]
+        self.thread = threading.Thread(target=self.serve)
+        self.thread.start()
+
+    def close(self):
+        self.sock.shutdown(socket.SHUT_RDWR)
+        self.thread.join()
+        self.sock.close()
+
+    def serve(self):
+        while True:
+            try:
+                sock, _ = self.sock.accept()
+            except OSError:
+                return
+            self.connections += 1
+            sock.settimeout(5)
+            with contextlib.suppress(OSError), contextlib.closing(Talk(self, sock)) as talk:
+                talk.run()
+
+    def reply(self, verb, default):
+        value = self.script.get(verb, default)
+        if isinstance(value, list):
+            value = value.pop(0) if value else default
+        return value
+
+
+class Talk:
+    """One connection to a MailHost."""
+
+    def __init__(self, host, sock):
+        self.host, self.sock, self.secured = host, sock, False
+        if host.tls_first:
+            self.sock = host.context.wrap_socket(sock, server_side=True)
+        self.file = self.sock.makefile("rb")
+
+    def close(self):
+        self.file.close()
+        self.sock.close()
+
+    def say(self, verb, default):
+        """Send a reply; hang up if there is none."""
+        reply = self.host.reply(verb, default)
+        if reply is None:
+            raise OSError("hang up")
+        lines = reply if isinstance(reply, bytes) else (reply + "\r\n").encode()
+        self.sock.sendall(lines)
+        return reply
+
+    def run(self):
+        self.say("connect", "220 mx ready")
+        for raw in iter(lambda: self.file.readline(), b""):
+            line = raw.decode("utf-8", "replace").rstrip("\r\n")
+            self.host.lines.append(line)
+            verb = line.upper().split(" ")[0].split(":")[0]
+            getattr(self, "do_" + verb, self.do_other)(verb, line)
+            if verb == "QUIT":
+                return
+
+    def do_other(self, verb, line):
+        key = line.partition(":")[2].strip().split(" ")[0]
+        self.say(key if key in self.host.script else verb, "250 2.0.0 fine")
+
+    def do_EHLO(self, verb, line):
+        words = self.host.ehlo.split("\n")
+        words += ["STARTTLS"] if self.host.context and not self.secured else []
+        lines = ["mx.example", *filter(None, words)]
+        text = "".join(f"250-{word}\r\n" for word in lines[:-1]) + f"250 {lines[-1]}"
+        self.say(verb, text)
+
+    def do_STARTTLS(self, verb, line):
+        if self.say(verb, "220 go")[:3] == "220" and self.host.context:
+            self.sock = self.host.context.wrap_socket(self.sock, server_side=True)
+            self.file, self.secured = self.sock.makefile("rb"), True
+
+    def do_AUTH(self, verb, line):
+        self.say(verb, "235 2.7.0 welcome")
+
+    def do_DATA(self, verb, line):
+        if self.say(verb, "354 go ahead")[:3] != "354":
+            return
+        content = b""
+        for raw in iter(self.file.readline, b".\r\n"):
+            if not raw:
+                raise OSError("hung up on")
+            content += raw
+        self.host.contents.append(content)
+        self.say("dot", "250 2.0.0 kept")
+
+
+class FixedNames(pegmail.Resolver):
+    """A resolver with everything in its cache: {domain: [host]}; a host is its own address."""
+
+    def __init__(self, **domains):
+        super().__init__([])
+        for name, hosts in domains.items():
+            self.remember((f"{name}.example", "MX"), 1 << 30, list(enumerate(hosts)))
+
+
+MESSAGE = b"From: a@a.example\r\nSubject: x\r\n\r\n.dot\r\n..two\r\nend\r\n"
+NAMES = FixedNames(one=["127.0.0.2"], two=["127.0.0.2", "127.0.0.3"], null=[""])
+
+
+class CourierCase(ThreadCase):
+    """Tests with a courier and hosts for it."""
+
+    def host(self, *args, **options):
+        host = MailHost(*args, **options)
+        self.addCleanup(host.close)
+        return host
+
+    def courier(self, *hosts, relay=None, timeout=2.0, ca_file=None, wrap=None, **options):
+        """Return a courier for whom 127.0.0.2, .3 and so on are these hosts."""
+        ports = {f"127.0.0.{n}": host and host.port for n, host in enumerate(hosts, 2)}
+        self.doors = []
+
+        def connect(address, port, seconds):
+            self.doors.append((address, port))
+            if address in ports and not ports[address]:
+                raise ConnectionRefusedError("refused")
+            sock = socket.create_connection(("127.0.0.1", ports.get(address, port)), seconds)
+            return wrap(sock) if wrap else sock
+
+        courier = pegmail.MailCourier("me.example", NAMES, relay, timeout, ca_file, connect,
+                                      **options)
+        self.addCleanup(courier.close)
+        return courier
+
+    def send(self, courier, content=MESSAGE, recipients=("bob@one.example",), domain="one.example",
+             sender="ann@a.example", head=None):
+        head = content[:content.find(b"\r\n\r\n") + 2] if head is None else head
+        return courier.send(domain, sender, recipients, pegmail.Source.of(content), head)
+
+    def brief(self, outcomes):
+        return {name: outcome[:3] for name, outcome in outcomes.items()}
+
+
+class MailCourierTest(CourierCase):
+    """What is said to a host, and what becomes of its replies."""
+
+    def test_delivers(self):
+        host = self.host()
+        courier = self.courier(host)
+        outcome = self.send(courier)["bob@one.example"]
+        self.assertEqual(outcome, pegmail.Outcome("delivered", 250, "2.0.0", "kept", "127.0.0.2"))
+        self.assertEqual(host.contents, [MESSAGE.replace(b"\r\n.", b"\r\n..")])
+        self.assertEqual(host.lines[1], f"MAIL FROM:<ann@a.example> SIZE={len(MESSAGE)}")
+        self.assertEqual(self.doors, [("127.0.0.2", 25)])
+
+    def test_each_stage(self):
+        bob = "bob@one.example"
+        for script, expected in (
+                ({"connect": "421 busy"}, ("retry", 421, "4.0.0")),
+                ({"connect": "554 5.7.1 go away"}, ("failed", 554, "5.7.1")),
+                ({"connect": None}, ("retry", 421, "4.4.1")),
+                ({"connect": b"SSH-2.0-x\r\n"}, ("retry", 421, "4.4.1")),
+                ({"connect": b"x" * 100000}, ("retry", 421, "4.4.1")),
+                ({"connect": b"220-x\r\n" * 20000}, ("retry", 421, "4.4.1")),
+                ({"EHLO": "502 what", "HELO": "250 hi"}, ("delivered", 250, "2.0.0")),
+                ({"EHLO": "502 what", "HELO": "550 no"}, ("failed", 550, "5.0.0")),
+                ({"EHLO": "451 4.3.2 no"}, ("retry", 451, "4.3.2")),
+                ({"EHLO": None}, ("retry", 421, "4.4.1")),
+                ({"MAIL": "451 4.7.1 greylisted"}, ("retry", 451, "4.7.1")),
+                ({"MAIL": "550 5.7.1 no"}, ("failed", 550, "5.7.1")),
+                ({"MAIL": "354 what"}, ("retry", 354, "4.0.0")),
+                ({"MAIL": None}, ("retry", 451, "4.4.2")),
+                ({"RCPT": "452 full"}, ("retry", 452, "4.0.0")),
+                ({"RCPT": "550 4.1.1 unknown"}, ("failed", 550, "5.0.0")),
+                ({"RCPT": "552 5.2.2 full"}, ("failed", 552, "5.2.2")),
+                ({"RCPT": None}, ("retry", 451, "4.4.2")),
+                ({"RCPT": "421 4.3.2 closing"}, ("retry", 421, "4.3.2")),
+                ({"DATA": "451 no"}, ("retry", 451, "4.0.0")),
+                ({"DATA": "554 no"}, ("failed", 554, "5.0.0")),
+                ({"DATA": "250 fine"}, ("retry", 451, "4.4.2")),
+                ({"DATA": None}, ("retry", 451, "4.4.2")),
+                ({"dot": "452 4.3.1 disk"}, ("retry", 452, "4.3.1")),
+                ({"dot": "554 5.6.0 spam"}, ("failed", 554, "5.6.0")),
+                ({"dot": None}, ("retry", 451, "4.4.2")),
+                ({"dot": "999 x"}, ("retry", 451, "4.4.2"))):
+            with self.subTest(script=str(script)[:60]):
+                self.assertEqual(self.brief(self.send(self.courier(self.host(script)))),
+                                 {bob: expected})
+
+    def test_some_recipients(self):
+        host = self.host({"<b@x.example>": "550 5.1.1 No\x1b[31m such\u202e user",
+                          "<c@x.example>": "450-4.2.0 later\r\n450 4.2.0 please",
+                          "<d@x.example>": "552 too many"})
+        courier = self.courier(host)
+        people = tuple(f"{x}@x.example" for x in "abcdea") + ("bad address",)
+        outcomes = self.send(courier, recipients=people)
+        self.assertEqual(self.brief(outcomes), {
+            "a@x.example": ("delivered", 250, "2.0.0"), "b@x.example": ("failed", 550, "5.1.1"),
+            "c@x.example": ("retry", 450, "4.2.0"), "d@x.example": ("retry", 552, "5.0.0"),
+            "e@x.example": ("delivered", 250, "2.0.0"), "bad address": ("failed", 553, "5.1.3")})
+        self.assertEqual(outcomes["b@x.example"].text, "No [31m such  user")
+        self.assertEqual(outcomes["c@x.example"].text, "later please")
+        self.assertEqual(len(host.contents), 1)
+        self.assertEqual(sum("RCPT" in line for line in host.lines), 5)
+
+    def test_lost_after_a_refusal(self):
+        host = self.host({"<b@x.example>": "550 5.1.1 no", "DATA": None})
+        outcomes = self.send(self.courier(host), recipients=["a@x.example", "b@x.example"])
+        self.assertEqual(self.brief(outcomes), {"a@x.example": ("retry", 451, "4.4.2"),
+                                                "b@x.example": ("failed", 550, "5.1.1")})
+
+    def test_next_host(self):
+        for script in ({"connect": "421 busy"}, {"connect": "554 no"}, {"EHLO": "421 no"}, None):
+            with self.subTest(script=script):
+                first = self.host(script) if script else None
+                second = self.host()
+                courier = self.courier(first, second)
+                outcome = self.send(courier, domain="two.example")["bob@one.example"]
+                self.assertEqual((outcome.state, outcome.host), ("delivered", "127.0.0.3"))
+        courier = self.courier(None, self.host({"connect": "554 no"}))
+        outcome = self.send(courier, domain="two.example")["bob@one.example"]
+        self.assertEqual(outcome[:3], ("retry", 421, "4.4.1"))
+
+    def test_dns_says_no(self):
+        courier = self.courier()
+        self.assertEqual(self.send(courier, domain="null.example")["bob@one.example"][:3],
+                         ("failed", 556, "5.1.10"))
+        self.assertEqual(self.send(courier, domain="unknown.example")["bob@one.example"][:3],
+                         ("retry", 451, "4.4.3"))
+
+    def test_what_a_host_cannot_take(self):
+        eight = MESSAGE + b"\xfc\r\n"
+        head = "Subject: h\u00e9\r\n".encode()
+        for ehlo, content, recipient, options, expected in (
+                ("SIZE 10", MESSAGE, "b@x.example", {}, ("failed", 552, "5.3.4")),
+                ("SIZE 0", MESSAGE, "b@x.example", {}, ("delivered", 250, "2.0.0")),
+                ("SIZE \u00b2", MESSAGE, "b@x.example", {}, ("delivered", 250, "2.0.0")),
+                ("", eight, "b@x.example", {}, ("failed", 554, "5.6.3")),
+                ("8BITMIME", eight, "b@x.example", {}, ("delivered", 250, "2.0.0")),
+                ("8BITMIME", head + b"\r\n", "b@x.example", {}, ("failed", 550, "5.6.9")),
+                ("8BITMIME", b"Subject: \xfc\r\n\r\n", "b@x.example", {},
+                 ("delivered", 250, "2.0.0")),
+                ("8BITMIME", MESSAGE, "b\u00f6b@x.example", {}, ("failed", 553, "5.6.7")),
+                ("8BITMIME", MESSAGE, "b@b\u00fccher.example", {}, ("delivered", 250, "2.0.0")),
+                ("", MESSAGE, "b@x.example", {"sender": "\u00f6@x.example"},
+                 ("failed", 553, "5.6.7"))):
+            with self.subTest(ehlo=ehlo, content=content[:20], recipient=recipient):
+                host = self.host(ehlo=ehlo)
+                outcomes = self.send(self.courier(host), content, (recipient,), **options)
+                self.assertEqual(self.brief(outcomes), {recipient: expected})
+                self.assertEqual(any("xn--bcher-kva" in line for line in host.lines),
+                                 "b\u00fccher" in recipient)
+
+    def test_smtputf8(self):
+        host = self.host()
+        outcomes = self.send(self.courier(host), b"Subject: h\xc3\xa9\r\n\r\n\xc3\xa9\r\n",
+                             ("b\u00f6b@b\u00fccher.example",))
+        self.assertEqual([outcome.state for outcome in outcomes.values()], ["delivered"])
+        self.assertIn("MAIL FROM:<ann@a.example> SIZE=20 BODY=8BITMIME SMTPUTF8", host.lines)
+        self.assertIn("RCPT TO:<b\u00f6b@xn--bcher-kva.example>", host.lines)
+
+    def test_nothing_is_smuggled(self):
+        for content in (b"a: b\r\n\r\nx\n.\r\nMAIL FROM:<>", b"a: b\r\n\r\nx\r.\r\n",
+                        b"a: b\r\n\r\nx\r\n.\nRCPT", b"a: b\r\n\r\nx\r"):
+            courier = self.courier(self.host())
+            self.assertEqual(self.brief(self.send(courier, content)),
+                             {"bob@one.example": ("failed", 554, "5.6.3")})
+            self.assertEqual(self.doors, [])
+        for address in ("a@x.example>\r\nRSET", "a b@x.example", "a@x.example> SIZE=1", "\ud800@x"):
+            outcomes = self.send(self.courier(self.host()), recipients=(address,))
+            self.assertEqual(self.brief(outcomes), {address: ("failed", 553, "5.1.3")})
+
+    def test_windows(self):
+        text = b"".join(b"." * (n % 4) + b"x" * (n % 3) + b"\r\n" for n in range(200))
+        for size in (1, 2, 3, 7, 100):
+            source = pegmail.Source.of(text)
+            source.windows = lambda start, end, size=size: (text[n:n + size] for n in
+                                                            range(start, end, size))
+            pegmail.read_letter("", ("b@x.example",), source, b"")
+            sent = b"".join(pegmail.stuffed_windows(source))
+            lines = sent.split(b"\r\n")
+            self.assertEqual(lines[-2:], [b".", b""])
+            self.assertNotIn(b".", lines[:-2])
+            back = b"".join((line[1:] if line[:1] == b"." else line) + b"\r\n"
+                            for line in lines[:-2])
+            self.assertEqual(back, text)
+
+    def test_content_that_cannot_be_read(self):
+        def read(start, end):
+            if len(reads) > 2:
+                raise KeyError("gone")
+            reads.append(start)
+            return b"x" * (end - start - 2) + b"\r\n"
+        reads = []
+        host = self.host(ehlo="")
+        courier = self.courier(host)
+        with self.assertRaises(KeyError):
+            courier.send("one.example", "a@x.example", ["b@x.example"],
+                         pegmail.Source(1 << 19, read), b"")
+        self.assertIsNone(courier.client)
+        courier.close()
+        self.assertEqual(host.contents, [])
+
+    def test_connection_is_used_again(self):
+        clock = [0.0]
+        host = self.host({"dot": ["250 ok", "250 ok", "250 ok", "421 bye", "250 ok"]})
+        courier = self.courier(host, now=lambda: clock[0])
+        for idle, connections in ((0, 1), (1, 1), (40, 2), (0, 2), (0, 3)):
+            clock[0] += idle
+            self.send(courier)
+            self.assertEqual(host.connections, connections)
+        self.assertEqual(host.lines.count("RSET"), 2)
+        clock[0] += 40
+        courier.close_idle()
+        self.assertIsNone(courier.client)
+
+    def test_connection_that_died_is_not_used(self):
+        host = self.host({"RSET": None})
+        courier = self.courier(host)
+        for _ in range(2):
+            self.assertEqual(self.send(courier)["bob@one.example"].state, "delivered")
+        self.assertEqual(host.connections, 2)
+
+    def test_slow_host(self):
+        release = threading.Event()
+
+        def drip():
+            sock = listener.accept()[0]
+            with sock, contextlib.suppress(OSError):
+                while not release.wait(0.05):
+                    sock.sendall(b"2")
+        listener = listening()
+        thread = threading.Thread(target=drip)
+        thread.start()
+        self.addCleanup(listener.close)
+        self.addCleanup(thread.join)
+        self.addCleanup(release.set)
+        courier = pegmail.MailCourier("me.example", NAMES, None, 0.3, None,
+                              lambda *_: socket.create_connection(listener.getsockname(), 1))
+        began = time.monotonic()
+        self.assertEqual(self.send(courier)["bob@one.example"][:3], ("retry", 421, "4.4.1"))
+        self.assertLess(time.monotonic() - began, 2)
+
+    def test_there_is_an_end(self):
+        clock = itertools.count(0, 100)
+        courier = self.courier(*[self.host() for _ in range(2)], now=lambda: next(clock))
+        self.assertEqual(self.send(courier, domain="two.example")["bob@one.example"].state, "retry")
+        self.assertEqual(len(self.doors), 2)
+
+
+class FarAway(socket.socket):
+    """A connection to another host, by its own account."""
+
+    def __init__(self, sock):
+        super().__init__(fileno=sock.detach())
+
+    def getpeername(self):
+        return "192.0.2.1", 25
+
+
+class SecureCourierTest(CourierCase):
+    """TLS and passwords."""
+
+    @classmethod
+    def setUpClass(cls):
+        certificate = Certificate()
+        cls.addClassCleanup(certificate.remove)
+        cls.cert = certificate.cert
+        cls.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        cls.context.load_cert_chain(cls.cert, certificate.key)
+
+    def test_opportunistic(self):
+        host = self.host(context=self.context)
+        self.assertEqual(self.send(self.courier(host))["bob@one.example"].state, "delivered")
+        self.assertEqual([line[:4] for line in host.lines[:4]], ["ehlo", "STAR", "ehlo", "MAIL"])
+        self.assertEqual(host.connections, 1)
+
+    def test_broken_tls_falls_back(self):
+        for script in ({"STARTTLS": "454 4.7.0 not now"}, {"STARTTLS": None},
+                       {"STARTTLS": b"220 go\r\n250 smuggled\r\n"}):
+            with self.subTest(script=script):
+                host = self.host(script, context=self.context)
+                outcome = self.send(self.courier(host))["bob@one.example"]
+                self.assertEqual(outcome.state, "retry" if None in script.values() else "delivered")
+
+    def test_no_handshake_falls_back(self):
+        host = self.host(ehlo="STARTTLS")
+        courier = self.courier(host, timeout=0.3)
+        self.assertEqual(self.send(courier)["bob@one.example"].state, "delivered")
+        self.assertEqual(host.connections, 2)
+
+    def relay_to(self, host, mode, *login, name="localhost", ca=True, **options):
+        return self.courier(relay=(name, host.port, mode, *login),
+                            ca_file=self.cert if ca else None, **options)
+
+    def test_relay(self):
+        for mode, tls_first in (("starttls", False), ("tls", True), ("opportunistic", False)):
+            with self.subTest(mode=mode):
+                host = self.host(context=self.context, tls_first=tls_first, ehlo="AUTH LOGIN PLAIN")
+                courier = self.relay_to(host, mode, "us\u00e9r", "secret")
+                outcome = self.send(courier)["bob@one.example"]
+                self.assertEqual(outcome.state, "delivered", outcome)
+                self.assertIn("AUTH PLAIN " + pegmail.base64_text("\0us\u00e9r\0secret"),
+                              host.lines)
+                self.assertEqual(self.doors, [("localhost", host.port)])
+
+    def test_relay_that_is_not_trusted(self):
+        for options in ({"ca": False}, {"name": "127.0.0.2"}):
+            for mode, tls_first in (("starttls", False), ("tls", True)):
+                with self.subTest(mode=mode, **options):
+                    host = self.host(context=self.context, tls_first=tls_first, ehlo="AUTH PLAIN")
+                    courier = self.relay_to(host, mode, "user", "secret", **options)
+                    outcome = self.send(courier)["bob@one.example"]
+                    self.assertEqual(outcome.state, "retry")
+                    self.assertFalse([line for line in host.lines if "AUTH" in line])
+
+    def test_relay_without_tls(self):
+        host = self.host(ehlo="AUTH PLAIN")
+        self.assertEqual(self.send(self.relay_to(host, "starttls"))["bob@one.example"][:3],
+                         ("retry", 454, "4.7.4"))
+        self.assertNotIn("MAIL", str(host.lines))
+
+    def test_password_in_clear_only_on_loopback(self):
+        host = self.host(ehlo="AUTH LOGIN")
+        host.script["AUTH"] = "334 VXNlcm5hbWU6"
+        courier = self.relay_to(host, "plain", "user", "secret")
+        self.assertEqual(self.send(courier)["bob@one.example"].state, "retry")
+        self.assertIn("dXNlcg==", host.lines)
+        host = self.host(ehlo="AUTH PLAIN")
+        courier = self.relay_to(host, "plain", "user", "secret", wrap=FarAway)
+        outcome = self.send(courier)["bob@one.example"]
+        self.assertEqual(outcome[:3], ("retry", 454, "4.7.4"))
+        self.assertNotIn("AUTH", str(host.lines))
+
+    def test_wrong_password_bounces_nothing(self):
+        host = self.host({"AUTH": "535 5.7.8 wrong"}, ehlo="AUTH PLAIN")
+        outcome = self.send(self.relay_to(host, "plain", "user", "secret"))["bob@one.example"]
+        self.assertEqual(outcome[:4], ("retry", 535, "5.7.8", "wrong"))
+
+
+# -- Bounces --
+
+class BounceTest(unittest.TestCase):
+    """The report to a sender."""
+
+    HEAD = b"From: a@x.example\r\nSubject: Hello\r\nMessage-ID: <1@x.example>\r\n"
+    FAILED = (("bob@y.example", pegmail.Outcome("failed", 550, "5.1.1", "No such user",
+                                                "mx.y.example")),
+              ("eve@z.example", pegmail.Outcome("retry", 421, "4.4.1", "Cannot talk to mx")))
+
+    def make(self, failed=FAILED, head=HEAD, sender="ann@x.example"):
+        data = pegmail.make_bounce(sender, failed, head, "me.example", 0.0, "7/8", 86400.0)
+        self.assertEqual(data.count(b"\n"), data.count(b"\r\n"))
+        self.assertTrue(data.isascii() or not sender.isascii())
+        return email.message_from_bytes(data, policy=email.policy.default)
+
+    def fields(self, message):
+        part = list(message.iter_parts())[1]
+        text = part.as_bytes().partition(b"\n\n")[2]
+        if part["Content-Transfer-Encoding"] == "base64":
+            text = base64.b64decode(text)
+        return text.decode().replace("\r\n", "\n")
+
+    def test_report(self):
+        message = self.make()
+        self.assertEqual(message.get_content_type(), "multipart/report")
+        self.assertEqual(message.get_param("report-type"), "delivery-status")
+        self.assertEqual(message["From"], "Mail Delivery System <MAILER-DAEMON@me.example>")
+        names = ("To", "Auto-Submitted", "In-Reply-To", "Date")
+        self.assertEqual([message[name] for name in names],
+                         ["ann@x.example", "auto-replied", "<1@x.example>",
+                          "Thu, 01 Jan 1970 00:00:00 +0000"])
+        parts = list(message.iter_parts())
+        self.assertEqual([part.get_content_type() for part in parts],
+                         ["text/plain", "message/delivery-status", "text/rfc822-headers"])
+        self.assertFalse(message.defects)
+        blocks = [dict(block.items()) for block in parts[1].get_payload()]
+        self.assertEqual(blocks, [
+            {"Reporting-MTA": "dns; me.example", "Arrival-Date": "Fri, 02 Jan 1970 00:00:00 +0000"},
+            {"Final-Recipient": "rfc822; bob@y.example", "Action": "failed", "Status": "5.1.1",
+             "Remote-MTA": "dns; mx.y.example", "Diagnostic-Code": "smtp; 550 5.1.1 No such user"},
+            {"Final-Recipient": "rfc822; eve@z.example", "Action": "failed", "Status": "4.4.1",
+             "Diagnostic-Code": "smtp; 421 4.4.1 Cannot talk to mx"}])
+        self.assertIn("Check the address", parts[0].get_content())
+        self.assertIn("Subject: Hello", parts[2].as_string())
+
+    def test_nothing_breaks_out(self):
+        evil = "x\r\nBcc: all@x.example\r\n\r\n--=_\0\u2028\ud800"
+        head = (b"Subject: a\r b\0\r\n\tBcc: q\r\nMessage-ID: <a\r\n b>\r\nX: " + b"\xff" * 2000
+                + b"\r\n\r\nbody\r\n")
+        failed = [(f"b@x.example{evil}", pegmail.Outcome("failed", 550, evil, evil, evil))]
+        message = self.make(failed, head)
+        self.assertIsNone(message["Bcc"])
+        self.assertIsNone(message["In-Reply-To"])
+        self.assertEqual(len(list(message.iter_parts())), 3)
+        fields = self.fields(message)
+        self.assertNotIn("\nBcc", fields)
+        self.assertEqual(sum(bool(line) for line in fields.split("\n")), 7)
+        self.assertNotIn(b"body", list(message.iter_parts())[2].get_payload(decode=True))
+        with self.assertRaises(ValueError):
+            self.make(sender="ann@x.example\r\nBcc: q")
+
+    def test_unicode(self):
+        outcome = pegmail.Outcome("failed", 550, "5.1.1", "nicht gef\u00fcllt", "mx")
+        failed = [("b\u00f6b@y.example", outcome)]
+        head = "Subject: Gr\u00fc\u00dfe\r\n".encode()
+        message = self.make(failed, head)
+        parts = list(message.iter_parts())
+        self.assertEqual([part.get_content_type() for part in parts[1:]],
+                         ["message/global-delivery-status", "message/global-headers"])
+        self.assertEqual(message["Subject"], "Not delivered: Gr\u00fc\u00dfe")
+        self.assertIn("utf-8; b\u00f6b@y.example", self.fields(message))
+        self.assertIn("nicht gef?llt", self.fields(message))
+        self.assertIn("nicht gef\u00fcllt", parts[0].get_content())
+        self.assertEqual(self.make(sender="a@b\u00fccher.example")["To"],
+                         "a@xn--bcher-kva.example")
+
+    def test_header_without_an_end(self):
+        self.assertEqual(pegmail.returned_header(b"A: b\r\nC: d"), b"A: b\r\nC: d\r\n")
+        self.assertEqual(pegmail.returned_header(b"A: b\r\nC: d\r\n\r\nbody"), b"A: b\r\nC: d\r\n")
+
+    def test_long_header_is_cut_at_a_line(self):
+        head = b"".join(b"X-%d: %s\r\n" % (n, b"y" * 50) for n in range(3000))
+        parts = list(self.make(head=head).iter_parts())
+        self.assertLessEqual(len(parts[2].as_bytes()), pegmail.MAX_RETURNED + 200)
+        self.assertTrue(parts[2].as_bytes().rstrip().endswith(b"y" * 50))
+
+    def test_who_gets_one(self):
+        for sender, head, expected in (
+                ("", b"", False), ("ann", b"", False), ("a b@x.example", b"", False),
+                ("a@x.example", b"", True), ("a@x.example", b"Subject: x\r\n", True),
+                ("a@x.example", b"Auto-Submitted: No\r\n", True),
+                ("a@x.example", b"Auto-Submitted: auto-generated\r\n", True),
+                ("a@x.example", b"auto-submitted: Auto-Replied (vacation)\r\n", False),
+                ("a@x.example", b"a:\r\n" * 20000 + b"\r\n\r\n", True),
+                ("a@x.example", b"Precedence: bulk\r\n", True)):
+            with self.subTest(sender=sender, head=head):
+                self.assertEqual(pegmail.is_bounceable(sender, head), expected)
 
 
 # =====================================================================================
