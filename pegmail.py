@@ -3011,6 +3011,7 @@ COUNT_CACHE = 256             # filters whose counts are remembered
 SAMPLE = 500                  # messages from which the frequency of trigrams is learned
 SAMPLE_TEXT = 100             # characters of each text that are looked at
 RARE = 2                      # a trigram in so many of them, or fewer, is rare
+SMALL = 16384                 # bytes of a message that is delivered from memory
 MAX_WEBHOOKS = 10000          # all of them are in memory
 MAX_TREE_TEXT = 4 << 20       # characters of text in the body tree of one message
 
@@ -4545,8 +4546,8 @@ class Outbox:
         """
         ids = [entry.message for entry in entries if entry.message]
         rows = self.store.read_rows(
-            f"SELECT {MESSAGE}, CASE WHEN file IS NULL AND holes = '' AND size < 16384 THEN raw END "
-            "FROM message AS m JOIN content USING (id) WHERE m.id IN (%s)"
+            f"SELECT {MESSAGE}, CASE WHEN file IS NULL AND holes = '' AND size < {SMALL} "
+            "THEN raw END FROM message AS m JOIN content USING (id) WHERE m.id IN (%s)"
             % ",".join("?" * len(ids)), ids)
         return {row[0]: (Message(*row[:-1]), row[-1]) for row in rows}
 
@@ -10185,7 +10186,7 @@ SENDMAIL_CONFIG = "/etc/pegmail.ini"        # what it reads, as cron starts it a
 
 def read_sendmail_options(arguments: Sequence[str]) -> Tuple[Any, List[str]]:
     """Return the options that count, and the recipients; None for wrong usage, which is told."""
-    parser = argparse.ArgumentParser("sendmail", allow_abbrev=False, add_help=False)
+    parser = OneLineParser("sendmail", allow_abbrev=False, add_help=False)
     parser.add_argument("-t", action="store_true")
     parser.add_argument("-i", "-oi", action="store_true")
     parser.add_argument("-f", "-r", default=None)
