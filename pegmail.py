@@ -8185,7 +8185,8 @@ class Couriers:
             return Attempt("waiting", error + "; a POST is not sent on: name that URL")
         if 400 <= status < 500 and status not in (408, 425, 429) and not self.settings.retry_4xx:
             return Attempt("failed", error)
-        return Attempt("waiting", error, retry_after(answer.headers), status in (429, 503))
+        return Attempt("waiting", error, retry_after(answer.headers),
+                       stop=status == 429 or status >= 500)
 
     def judge(self, lane: Lane, entry: Entry, attempt: Attempt) -> Entry:
         """Return a row as it is after an attempt."""
