@@ -7035,21 +7035,30 @@ def forward_fields(store: Store, message: Message, key: str) -> Dict[str, Any]:
     """Return what a template may name: smtp-pigeon's fields, and those of pegmail."""
     raw = store.raw(message.id)
     data = raw.read(store.trace_length(message.id) or 0, raw.size)
-    length = header_length(data)
-    fields = parse_fields(data[:min(length, MAX_HEADER_BYTES)])
+    try:
+        fields = parse_fields(data[:min(header_length(data), MAX_HEADER_BYTES)])
+    except ParseError:
+        fields = []
     text = decode_text(data.replace(b"\r\n", b"\n"))
     parts = find_parts(store, message.id)
     moment = datetime.datetime.fromtimestamp(message.received / 1000, datetime.timezone.utc)
     return {
         "ID": key, "Timestamp": GoTime(moment.astimezone()), "Sender": message.sender,
         "Recipients": message.recipients.split("\n"), "Data": text,
-        "Body": decode_text(data[length:].replace(b"\r\n", b"\n")[1:]),
+        "Body": body_text(data),
         "Header": go_header(fields), "Subject": message.subject,
         "From": decode_words(first_field(fields, "from")),
         "To": decode_words(first_field(fields, "to")), "Text": parts.text, "HTML": parts.html,
         "Attachments": [{"name": item["filename"], "mime": item["mime"], "size": item["size"],
                          "hash": item["hash"]} for item in parts.attachments],
         "Peer": store.peer(message.id)}
+
+
+def body_text(data: bytes) -> str:
+    """Return what is below the header of a message, with LF for line ends."""
+    length = header_length(data)
+    length += 2 * data.startswith(b"\r\n", length)
+    return decode_text(data[length:].replace(b"\r\n", b"\n"))
 
 
 class Parts(NamedTuple):
@@ -7184,10 +7193,9 @@ class Composer:
         if data is None:
             raw = self.store.raw(message.id)
             data = raw.read(0, raw.size)
-        body = data[header_length(data):].replace(b"\r\n", b"\n")[1:]
         return json_text({
             "id": key, "timestamp": rfc3339(message.received), "sender": message.sender,
-            "recipients": message.recipients.split("\n"), "body": decode_text(body),
+            "recipients": message.recipients.split("\n"), "body": body_text(data),
             "subject": message.subject}).encode("utf-8")
 
     def webhook(self, entry: Entry, message: Optional[Message],
@@ -8072,8 +8080,13 @@ class Couriers:
             return self.post(lane, entry)
         except (Hopeless, Forbidden) as error:
             return Attempt("failed", clean_line(str(error), 500))
+        except (KeyError, Unreadable):
+            return Attempt("failed", "the message is gone, or cannot be read")
         except (OSError, StoreError) as error:
             return Attempt("waiting", clean_line(reason(error), 500), stop=True)
+        except Exception:               # a border: others are to get theirs
+            log.exception("%s: bug in delivery %d", entry.key, entry.id)
+            return Attempt("waiting", "an internal error, see the log")
         finally:
             lane.overdue = 0.0
 
