@@ -6670,7 +6670,7 @@ class Intake:
         self.messages = 0
         self.bytes = 0
         self.date: Tuple[int, str] = (0, "")
-        self.jobs: List[Job] = []       # of this round of the loop; one a connection at most
+        self.jobs: List[Job] = []       # of two turns of the loop; one a connection at most
         self.forwards = ([Forward("url")] if settings.url else []) + list(settings.forward_to)
         if loop is not None:
             store.hand_over = functools.partial(loop.call_soon, hear_all)
@@ -6708,8 +6708,8 @@ class Intake:
         trace = trace_fields(envelope, self.settings.hostname, self.now_text())
         self.messages += 1
         self.bytes += content.size if isinstance(content, Spool) else len(content)
-        if not self.jobs:
-            self.loop.call_soon(self.hand_in)
+        if not self.jobs:       # one turn of the loop more: others end now, and share the commit
+            self.loop.call_soon(self.loop.call_soon, self.hand_in)
         self.jobs.append(Job(Incoming(
             envelope, trace, read_subject(head), content,
             self.plan(envelope) if self.forwards else (), envelope.key), done))
@@ -6724,7 +6724,7 @@ class Intake:
                 for forward in self.forwards if is_for(forward, envelope)]
 
     def hand_in(self) -> None:
-        """Give the writer the messages of this round, and so wake it once."""
+        """Give the writer the messages that came meanwhile, and so wake it once."""
         jobs, self.jobs = self.jobs, []
         self.store.add(jobs)
 
