@@ -910,6 +910,7 @@ def choose_server(servers: Sequence[Any], address: str) -> Any:
 MAX_TEMPLATE_STEPS = 500000   # terms, rounds and elements of one rendering: a second or two
 MAX_TEMPLATE_OUTPUT = 64 << 20
 MAX_TEMPLATE_DEPTH = 100      # blocks or parentheses in each other, templates that call each other
+MAX_TEMPLATE_VARIABLES = 1000           # in scope at one place
 MAX_VALUE_DEPTH = 100         # lists and maps in each other; `set` can make a map that holds itself
 MAX_GO_WIDTH = 1000000        # of one printed value, as in Go's fmt
 TEXT_STEP = 12                # 1 << 12 characters that a function reads or makes are one step,
@@ -919,12 +920,13 @@ ELEMENT_STEP = 3              # and so are 1 << 3 elements of a list
 class TemplateError(Exception):
     """What is wrong with a template and where, be it found by reading or by rendering it."""
 
-    def __init__(self, reason: str, place: int = 0) -> None:
+    def __init__(self, reason: str, place: Optional[int] = None) -> None:
         super().__init__(reason)
         self.reason, self.place, self.name, self.line, self.column = reason, place, "", 0, 0
 
     def locate(self, name: str, text: str, place: int) -> "TemplateError":
-        """Return the error itself, now with the line and column of a place in the text."""
+        """Return the error itself, now with the line and column of its place, else of this one."""
+        place = place if self.place is None else self.place
         self.name, self.line = name, text.count("\n", 0, place) + 1
         self.column = place - text.rfind("\n", 0, place)
         return self
@@ -952,26 +954,24 @@ class GoMap(Dict[str, Any]):
 
 
 class GoEnum(int):
-    """A number that prints as a name."""
-    names: Tuple[str, ...] = ()
+    """A number that prints as a name; made by the methods Month and Weekday."""
+    names: Sequence[str] = ()
 
 
 class GoMonth(GoEnum):
     """A month from 1 to 12."""
-    names = ("", "January", "February", "March", "April", "May", "June", "July", "August",
-             "September", "October", "November", "December")
+    names = ("- January February March April May June July August September October November "
+             "December").split()
 
 
 class GoWeekday(GoEnum):
     """A day of the week, 0 being Sunday."""
-    names = ("Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
+    names = "Sunday Monday Tuesday Wednesday Thursday Friday Saturday".split()
 
 
 def canonical_name(name: str) -> str:
     """Return a field name as Go's net/textproto spells it: Message-Id."""
-    if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]*", name):
-        return name
-    return "-".join(part[:1].upper() + part[1:].lower() for part in name.split("-"))
+    return "-".join(part.capitalize() for part in name.split("-"))
 
 
 def go_header(fields: Iterable[Tuple[str, str]]) -> GoHeader:
@@ -991,22 +991,17 @@ GO_KINDS: Dict[type, Tuple[str, str]] = {           # Python's class to Go's kin
     dict: ("map", "map[string]interface {}")}
 
 
-def kind_and_type(value: Any) -> Tuple[str, str]:
-    """Return Go's kind and type of a value; TemplateError if Go would have none."""
+def go_kind(value: Any, column: int = 0) -> str:
+    """Return Go's kind of a value, such as string, slice or map; TemplateError if it has none."""
     for cls in type(value).__mro__:
         if cls in GO_KINDS:
-            return GO_KINDS[cls]
+            return GO_KINDS[cls][column]
     raise TemplateError(f"a value of Python's type {type(value).__name__} cannot be used")
-
-
-def go_kind(value: Any) -> str:
-    """Return Go's kind of a value, such as string, slice or map."""
-    return kind_and_type(value)[0]
 
 
 def go_type(value: Any) -> str:
     """Return Go's type of a value."""
-    return kind_and_type(value)[1]
+    return go_kind(value, 1)
 
 
 def go_truth(value: Any) -> bool:
@@ -1026,13 +1021,11 @@ def go_text(data: bytes) -> str:
     return data.decode("utf-8", "surrogateescape")
 
 
-# -- Templates: printing, as Go's fmt, time and encoding/json do --
+# -- Templates: printing, as Go's fmt and time do --
 
-GO_VERB = re.compile(r"%([-#0+ ]*)([0-9]*)(?:(\.)([0-9]*))?(.?)", re.S)
+GO_VERB = re.compile(r"%([-+0 ]*)([0-9]*)(?:(\.)([0-9]*))?(.?)", re.S)
 GO_ESCAPES = {"\a": "\\a", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t",
               "\v": "\\v", "\\": "\\\\"}
-INT_STYLES = {"d": ("d", ""), "v": ("d", ""), "b": ("b", "0b"), "o": ("o", "0"), "O": ("o", "0o"),
-              "x": ("x", "0x"), "X": ("X", "0X")}
 GO_STRING = "2006-01-02 15:04:05.999999999 -0700 MST"       # how a time prints
 RFC3339_NANO = "2006-01-02T15:04:05.999999999Z07:00"
 
@@ -1044,27 +1037,44 @@ class GoFormat(NamedTuple):
     width: int = 0
     precision: Optional[int] = None
 
-    def pad(self, text: str, sign: str = "", zeros: bool = True) -> str:
-        """Return text in its field, zeros between sign and text where asked for."""
+    def number(self, value: float, style: str) -> str:
+        """Return a number in its field; the style is what Python calls the verb."""
+        if isinstance(value, int) and self.precision is not None:
+            size = self.precision + (value < 0 or "+" in self.flags or " " in self.flags)
+            digits = GoFormat("d", self.flags.replace("-", "") + "0", size).number(value, style)
+            return self._replace(flags=self.flags.replace("0", "")).pad(digits)
+        align = "<" if "-" in self.flags else "0=" if "0" in self.flags else ">"
+        sign = "+" if "+" in self.flags else " " if " " in self.flags else ""
+        return format(value, f"{align}{sign}{self.width}{style}")
+
+    def fraction(self, value: float, style: str) -> str:
+        """Return a floating point number in its field."""
+        return self.number(value, f".{6 if self.precision is None else self.precision}{style}")
+
+    def shortest(self, value: float) -> str:
+        """Return the fewest digits that give a number back, with an exponent where Go has one."""
+        if self.precision is not None:
+            return self.fraction(value, "g")
+        digits = len(re.sub(r"e.*|\D", "", repr(value)).strip("0")) or 1
+        exponent = int(f"{value:e}".partition("e")[2] or 0)
+        return self.number(value, f".{max(digits - 1 - exponent, 0)}f" if -4 <= exponent < 6
+                           else f".{digits - 1}e")
+
+    def pad(self, text: str) -> str:
+        """Return what is no number in its field."""
         if "-" in self.flags:
-            return (sign + text).ljust(self.width)
-        if "0" in self.flags and zeros:
-            return sign + text.rjust(self.width - len(sign), "0")
-        return (sign + text).rjust(self.width)
-
-    def sign(self, negative: bool) -> str:
-        """Return the sign that goes before a number."""
-        return "-" if negative else "+" if "+" in self.flags else " " if " " in self.flags else ""
+            return text.ljust(self.width)
+        return text.rjust(self.width, "0" if "0" in self.flags else " ")
 
 
-def go_quote(text: str, quote: str = '"', ascii_only: bool = False) -> str:
+def go_quote(text: str, quote: str = '"') -> str:
     """Return text as a Go literal."""
     def escape(match: "re.Match[str]") -> str:
         char = match.group()
         code = ord(char)
         if char in GO_ESCAPES or char == quote:
             return GO_ESCAPES.get(char, "\\" + char)
-        if char.isprintable() and not (ascii_only and code > 126):
+        if char.isprintable():
             return char
         if code < 128 or 0xDC80 <= code < 0xDD00:
             return f"\\x{code & 255:02x}"
@@ -1072,76 +1082,29 @@ def go_quote(text: str, quote: str = '"', ascii_only: bool = False) -> str:
     return quote + re.sub(r"[^ !#-&(-\[\]-~]", escape, text) + quote
 
 
-# Each of these returns None for a verb that is not meant for its kind.
-
-def format_text(spec: GoFormat, text: str) -> Optional[str]:
-    """Format a string."""
-    if spec.verb in "xX":
-        data = go_bytes(text)[:spec.precision].hex(*" " if " " in spec.flags else ())
-        data = data.upper() if spec.verb == "X" else data
-        return spec.pad(("0" + spec.verb if "#" in spec.flags and data else "") + data)
-    text = text[:spec.precision]
-    if spec.verb == "q" and "#" in spec.flags and not re.search("[\x00-\x08\n-\x1f`\x7f]", text):
-        return spec.pad(f"`{text}`")
-    if spec.verb == "q":
-        return spec.pad(go_quote(text, ascii_only="+" in spec.flags))
-    return spec.pad(text) if spec.verb in "sv" else None
+def go_char(code: int) -> str:
+    """Return the character of a code."""
+    return chr(code) if 0 <= code < 0xD800 or 0xE000 <= code < 0x110000 else "\ufffd"
 
 
-def format_int(spec: GoFormat, value: int) -> Optional[str]:
-    """Format a whole number."""
-    if spec.verb not in INT_STYLES:
-        return format_char(spec, value)
-    style, prefix = INT_STYLES[spec.verb]
-    sign, digits = spec.sign(value < 0), format(abs(value), style)
-    if spec.precision is not None:
-        if not spec.precision and not value:
-            return " " * spec.width
-        digits = digits.rjust(spec.precision, "0")
-    elif "0" in spec.flags and "-" not in spec.flags:
-        digits = digits.rjust(spec.width - len(sign), "0")
-    prefix = prefix if "#" in spec.flags or spec.verb == "O" else ""
-    return spec.pad(sign + prefix + digits, zeros=False)
-
-
-def format_char(spec: GoFormat, code: int) -> Optional[str]:
-    """Format a number as a character."""
-    valid = 0 <= code < 0x110000 and not 0xD800 <= code < 0xE000
-    char = chr(code) if valid else "\ufffd"
-    shown = f" '{char}'" if "#" in spec.flags and char.isprintable() else ""
-    forms = {"c": char, "q": go_quote(char, "'", "+" in spec.flags),
-             "U": f"U+{code % (1 << 64):04X}{shown}"}
-    return spec.pad(forms[spec.verb], zeros=spec.verb != "U") if spec.verb in forms else None
-
-
-def shortest_float(value: float, limit: int, least: int = -4) -> str:
-    """Return the fewest digits that give a number back; with an exponent out of those bounds."""
-    digits = len(re.sub(r"e.*|\D", "", repr(value)).strip("0")) or 1
-    text = f"{value:.{digits - 1}e}"
-    exponent = int(text.partition("e")[2])
-    return f"{value:.{max(digits - 1 - exponent, 0)}f}" if least <= exponent < limit else text
-
-
-def format_float(spec: GoFormat, value: float) -> Optional[str]:
-    """Format a floating point number."""
-    if spec.verb not in ("v", "e", "E", "f", "F", "g", "G"):
-        return None
-    sign = spec.sign(math.copysign(1, value) < 0)
-    if value != value or math.isinf(value):
-        return spec.pad("NaN", spec.sign(False), False) if value != value else \
-            spec.pad("Inf", sign or "+", False)
-    if spec.precision is None and spec.verb in "vgG":
-        text = shortest_float(abs(value), 6)
-    else:
-        precision = 6 if spec.precision is None else spec.precision
-        text = f"{abs(value):.{precision}{spec.verb.replace('v', 'g')}}"
-    return spec.pad(text.upper() if spec.verb == "G" else text, sign)
-
-
-GO_FORMATS: Dict[str, Callable[[GoFormat, Any], Optional[str]]] = {
-    "string": format_text, "int": format_int, "float64": format_float, "struct": format_text,
-    "invalid": lambda spec, value: spec.pad("<nil>") if spec.verb == "v" else "<nil>",
-    "bool": lambda spec, value: spec.pad(str(value).lower()) if spec.verb in "vt" else None}
+FORMAT_TEXT: Dict[str, Callable[[GoFormat, Any], str]] = {
+    **dict.fromkeys("vs", lambda spec, text: spec.pad(text[:spec.precision])),
+    "q": lambda spec, text: spec.pad(go_quote(text[:spec.precision])),
+    "x": lambda spec, text: spec.pad(go_bytes(text).hex()),
+    "X": lambda spec, text: spec.pad(go_bytes(text).hex().upper())}
+GO_FORMATS: Dict[str, Dict[str, Callable[[GoFormat, Any], str]]] = {     # by kind and verb
+    "string": FORMAT_TEXT, "struct": FORMAT_TEXT,
+    "int": {
+        **dict.fromkeys("vd", lambda spec, value: spec.number(value, "d")),
+        **dict.fromkeys("xX", lambda spec, value: spec.number(value, spec.verb)),
+        "c": lambda spec, value: spec.pad(go_char(value)),
+        "q": lambda spec, value: spec.pad(go_quote(go_char(value), "'")),
+        "U": lambda spec, value: spec.pad(f"U+{value % (1 << 64):04X}")},
+    "float64": {
+        **dict.fromkeys("vg", GoFormat.shortest),
+        **dict.fromkeys("ef", lambda spec, value: spec.fraction(value, spec.verb))},
+    "bool": dict.fromkeys("vt", lambda spec, value: spec.pad(str(value).lower())),
+    "invalid": {"v": lambda spec, value: spec.pad("<nil>")}}
 
 
 def go_format(run: "Rendering", spec: GoFormat, value: Any, depth: int = 0) -> str:
@@ -1150,30 +1113,24 @@ def go_format(run: "Rendering", spec: GoFormat, value: Any, depth: int = 0) -> s
     if depth > MAX_VALUE_DEPTH:
         raise TemplateError("a value holds itself, or too many in each other")
     kind, plain = go_kind(value), value
-    if kind in ("slice", "map") or isinstance(value, GoStruct):
-        return format_elements(run, spec, value, depth + 1)
+    if kind == "slice":
+        return " ".join(go_format(run, spec, item, depth + 1) for item in value).join("[]")
+    if isinstance(value, dict):
+        pairs = ([go_format(run, spec, part, depth + 1) for part in (key, value[key])]
+                 for key in sorted(value))
+        return f"map[{' '.join(map(':'.join, pairs))}]"
     if isinstance(value, GoTime):
         plain = format_time(value.moment, GO_STRING)
-    elif isinstance(value, GoEnum) and spec.verb in ("v", "s", "q", "x", "X"):
-        kind, plain = "string", value.names[value]
-    text = GO_FORMATS[kind](spec, plain)
-    if text is None:
-        shown = go_format(run, spec._replace(verb="v"), int(value) if isinstance(value, GoEnum)
-                          else value, depth + 1)
+    elif isinstance(value, GoEnum):
+        kind, plain = ("string", value.names[value]) if spec.verb in "vsqxX" else (kind, int(value))
+    rule = GO_FORMATS[kind].get(spec.verb)
+    if rule:
+        text = rule(spec, plain)
+    else:
+        shown = go_format(run, spec._replace(verb="v"), plain, depth + 1)
         text = f"%!{spec.verb}({go_type(value)}={shown})"
-    run.produce(len(text))
+    run.spend(len(text), "text")
     return text
-
-
-def format_elements(run: "Rendering", spec: GoFormat, value: Any, depth: int) -> str:
-    """Print a list, map or struct: [a b], map[k:v], {a b}."""
-    if go_kind(value) == "map":
-        parts = [go_format(run, spec, key, depth) + ":" + go_format(run, spec, value[key], depth)
-                 for key in sorted(value)]
-        return "map[" + " ".join(parts) + "]"
-    elements = value.values() if isinstance(value, dict) else value
-    parts = [go_format(run, spec, element, depth) for element in elements]
-    return " ".join(parts).join("{}" if isinstance(value, dict) else "[]")
 
 
 def go_print(run: "Rendering", *values: Any) -> str:
@@ -1188,16 +1145,11 @@ def go_print(run: "Rendering", *values: Any) -> str:
 
 def go_sprintf(run: "Rendering", text: str, *values: Any) -> str:
     """Print values by a format, as fmt.Sprintf."""
-    left, out, end = list(values), [], 0
-    for match in GO_VERB.finditer(text):
-        out += [text[end:match.start()], format_verb(run, left, *match.groups(""))]
-        end = match.end()
-    out.append(text[end:])
-    if left:
-        extra = (go_type(value) + ("" if value is None else "=" + go_print(run, value))
-                 for value in left)
-        out.append(f"%!(EXTRA {', '.join(extra)})")
-    return "".join(out)
+    left = list(values)
+    out = GO_VERB.sub(lambda match: format_verb(run, left, *match.groups("")), text)
+    extra = (go_type(value) + ("" if value is None else "=" + go_print(run, value))
+             for value in left)
+    return f"{out}%!(EXTRA {', '.join(extra)})" if left else out
 
 
 def format_verb(run: "Rendering", left: List[Any], flags: str, width: str, dot: str,
@@ -1205,8 +1157,6 @@ def format_verb(run: "Rendering", left: List[Any], flags: str, width: str, dot: 
     """Return what stands for one verb, for which a value is taken from those left."""
     if verb == "%":
         return "%"
-    if verb in ("*", "[") or verb == "v" and "#" in flags:
-        raise TemplateError("printf: *, [1] and %#v are not to be had here")
     if max(int(width[:9] or 0), int(precision[:9] or 0)) > MAX_GO_WIDTH:
         raise TemplateError("printf: too wide")
     if not verb or not left:
@@ -1217,107 +1167,65 @@ def format_verb(run: "Rendering", left: List[Any], flags: str, width: str, dot: 
     spec = GoFormat(verb, flags, int(width or 0), int(precision or 0) if dot else None)
     if verb in ("v", "T"):
         spec = spec._replace(verb="v", flags=flags.replace("+", ""))
-        value = go_type(value) if verb == "T" else value
-    return go_format(run, spec, value)
+    return go_format(run, spec, go_type(value) if verb == "T" else value)
 
 
-LAYOUT_PART = re.compile(r"January|Jan(?![a-z])|Monday|Mon(?![a-z])|MST|002|0[1-6]|15|2006|__2|"
-                         r"_2(?!006)|[1-5]|PM|pm|[-Z]07(?:0000|:00:00|00|:00)?|"
-                         r"[.,](?:0+|9+)(?![0-9])")
-LAYOUT_PARTS: Dict[str, Callable[[datetime.datetime], str]] = {
+LAYOUT_PART = re.compile(r"January|Jan(?![a-z])|Monday|Mon(?![a-z])|MST|002|0[1-6]|15|2006|"
+                         r"_2(?!006)|[1-5]|PM|pm|[-Z]07(?::?00)?|[.,](?:0+|9+)(?![0-9])")
+LAYOUT_WORDS: Dict[str, Callable[[datetime.datetime], str]] = {
     "January": lambda t: GoMonth.names[t.month], "Jan": lambda t: GoMonth.names[t.month][:3],
     "Monday": lambda t: GoWeekday.names[t.isoweekday() % 7],
     "Mon": lambda t: GoWeekday.names[t.isoweekday() % 7][:3],
+    "2006": lambda t: f"{t.year:04}", "06": lambda t: f"{t.year % 100:02}",
     "01": lambda t: f"{t.month:02}", "1": lambda t: f"{t.month}",
     "02": lambda t: f"{t.day:02}", "_2": lambda t: f"{t.day:2}", "2": lambda t: f"{t.day}",
-    "002": lambda t: f"{t.timetuple().tm_yday:03}", "__2": lambda t: f"{t.timetuple().tm_yday:3}",
-    "2006": lambda t: f"{t.year:04}", "06": lambda t: f"{t.year % 100:02}",
-    "15": lambda t: f"{t.hour:02}", "03": lambda t: f"{(t.hour + 11) % 12 + 1:02}",
-    "3": lambda t: f"{(t.hour + 11) % 12 + 1}", "04": lambda t: f"{t.minute:02}",
-    "4": lambda t: f"{t.minute}", "05": lambda t: f"{t.second:02}", "5": lambda t: f"{t.second}",
-    "PM": lambda t: "PM" if t.hour >= 12 else "AM", "pm": lambda t: "pm" if t.hour >= 12 else "am",
-    "MST": lambda t: format_zone(t, "-0700") if re.match("UTC[-+]", t.tzname() or "UTC+")
+    "002": lambda t: f"{t.timetuple().tm_yday:03}", "15": lambda t: f"{t.hour:02}",
+    "03": lambda t: f"{(t.hour + 11) % 12 + 1:02}", "3": lambda t: f"{(t.hour + 11) % 12 + 1}",
+    "04": lambda t: f"{t.minute:02}", "4": lambda t: f"{t.minute}",
+    "05": lambda t: f"{t.second:02}", "5": lambda t: f"{t.second}",
+    "PM": lambda t: "AMPM"[t.hour // 12 * 2:][:2], "pm": lambda t: "ampm"[t.hour // 12 * 2:][:2],
+    "-07": lambda t: format_zone(t)[:3], "-0700": lambda t: format_zone(t).replace(":", ""),
+    "-07:00": lambda t: format_zone(t),
+    "MST": lambda t: LAYOUT_WORDS["-0700"](t) if re.match("UTC[-+]", t.tzname() or "UTC+")
     else t.tzname() or ""}
 
 
-def format_zone(moment: datetime.datetime, part: str) -> str:
-    """Return a time's offset in the form of a layout's part, such as Z07:00."""
-    offset = int((moment.utcoffset() or datetime.timedelta()).total_seconds())
-    if part[0] == "Z" and not offset:
-        return "Z"
-    seconds = abs(offset)
-    numbers = (seconds // 3600, seconds // 60 % 60, seconds % 60)[:len(re.findall("0.", part))]
-    return "-+"[offset >= 0] + (":" if ":" in part else "").join(f"{n:02}" for n in numbers)
+def format_zone(moment: datetime.datetime) -> str:
+    """Return a time's offset, such as -03:30."""
+    minutes = int((moment.utcoffset() or datetime.timedelta()).total_seconds() / 60)
+    return f"{'-+'[minutes >= 0]}{abs(minutes) // 60:02}:{abs(minutes) % 60:02}"
 
 
 def format_time(moment: datetime.datetime, layout: str) -> str:
     """Format a time by an example of it, as time.Format."""
     def fill(match: "re.Match[str]") -> str:
         part = match.group()
-        if part in LAYOUT_PARTS:
-            return LAYOUT_PARTS[part](moment)
-        if part[0] in "-Z":
-            return format_zone(moment, part)
+        if part[0] == "Z":
+            return LAYOUT_WORDS["-" + part[1:]](moment) if moment.utcoffset() else "Z"
+        if part in LAYOUT_WORDS:
+            return LAYOUT_WORDS[part](moment)
         digits = f"{moment.microsecond:06}".ljust(len(part) - 1, "0")[:len(part) - 1]
         digits = digits.rstrip("0") if part[1] == "9" else digits
         return part[0] + digits if digits else ""
     return LAYOUT_PART.sub(fill, layout)
 
 
-def go_json(value: Any, step: str = "", indent: str = "\n", depth: int = 0) -> Iterator[str]:
-    """Yield a value as JSON in pieces; ValueError for what has none."""
-    if depth > MAX_VALUE_DEPTH:
-        raise ValueError("a value holds itself, or too many in each other")
-    if not isinstance(value, (list, tuple, dict)) or isinstance(value, GoTime):
-        yield json_scalar(value)
-        return
-    is_map, inner = isinstance(value, dict), indent + step if step else ""
-    yield "{" if is_map else "["
-    for index, item in enumerate(sorted(value) if go_kind(value) == "map" else value):
-        yield ("," if index else "") + inner
-        if is_map:
-            yield json_scalar(item) + (": " if step else ":")
-        yield from go_json(value[item] if is_map else item, step, inner, depth + 1)
-    yield (indent if step and value else "") + ("}" if is_map else "]")
-
-
-def json_scalar(value: Any) -> str:
-    """Return what is no list or map as JSON, markup escaped."""
-    if isinstance(value, GoTime):
-        value = format_time(value.moment, RFC3339_NANO)
-    if isinstance(value, str):
-        text = json.dumps(re.sub("[\ud800-\udfff]", "\ufffd", value), ensure_ascii=False)
-        return re.sub("[<>&\u2028\u2029]", lambda match: f"\\u{ord(match.group()):04x}", text)
-    if isinstance(value, float):
-        if value != value or math.isinf(value):
-            raise ValueError("JSON has no such number")
-        return shortest_float(value, 21, -6).replace("e-0", "e-")
-    return json.dumps(int(value) if isinstance(value, GoEnum) else value)
-
-
 # -- Templates: the grammar --
 
 GO_SPACE = " \t\r\n"
-GO_OPENING = re.compile(r"\{\{(-(?=[ \t\r\n]))?")
-GO_COMMENT = re.compile(r"\{\{(?:-[ \t\r\n])?/\*.*?\*/(?:[ \t\r\n](-))?\}\}", re.S)
+GO_OPENING = re.compile(r"(?s)\{\{(-(?=[ \t\r\n]))?"              # and perhaps a comment
+                        r"((?:(?<=-)[ \t\r\n])?/\*.*?\*/([ \t\r\n]-)?\}\})?")
 GO_TOKEN = re.compile(r"""(?x)
     (?P<close>[ \t\r\n]+-\}\}|[ \t\r\n]*\}\})
   | (?P<space>[ \t\r\n]+)
   | (?P<text>"(?:[^"\\\n]|\\[^\n])*"|`[^`]*`)
-  | (?P<char>'(?:[^'\\\n]|\\[^\n])*')
-  | (?P<number>[+-]?\.?[0-9][\w.]*(?:(?<=[eEpP])[+-]\w*)?)
-  | (?:(?P<field>\.\w+)|(?P<variable>\$\w*)|(?P<dot>\.)|(?P<name>\w+))(?=[ \t\r\n.,|:()]|\}\}|\Z)
+  | (?P<number>[+-]?\.?[0-9][\w.]*(?:(?<=[eE])[+-]\w*)?)
+  | (?P<field>\.\w+)|(?P<variable>\$\w*)|(?P<dot>\.)|(?P<name>\w+)
   | (?P<mark>:=|[=|(),])""")
-GO_WORD = re.compile(r"[.$]?\w*")
-TOKEN_FAULTS = {'"': "unterminated quoted string", "`": "unterminated raw string",
-                "'": "unterminated character constant", "": "unclosed action"}
-STRING_ESCAPE = re.compile(r"""\\(?:([abfnrtv\\'"])|([0-3][0-7]{2})|x([0-9a-fA-F]{2})|"""
+STRING_ESCAPE = re.compile(r"""\\(?:([abfnrtv\\'"])|x([0-9a-fA-F]{2})|"""
                            r"""u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|)""")
 GO_ESCAPED = dict(zip("abfnrtv\\'\"", "\a\b\f\n\r\t\v\\'\""))
-GO_INT = re.compile(r"[+-]?(?:(0_?[0-7](?:_?[0-7])*)|0|[1-9](?:_?[0-9])*|0[xX](?:_?[0-9a-fA-F])+|"
-                    r"0[oO](?:_?[0-7])+|0[bB](?:_?[01])+)")
-GO_FLOAT = re.compile(r"[+-]?(?=\.?[0-9])(?:[0-9](?:_?[0-9])*)?(?=[.eE])"
-                      r"(?:\.(?:[0-9](?:_?[0-9])*)?)?(?:[eE][+-]?[0-9]+)?")
+GO_FLOAT = re.compile(r"[+-]?[0-9]*(?:\.[0-9]*(?:[eE][+-]?[0-9]+)?|[eE][+-]?[0-9]+)")
 GO_INTS = range(-1 << 63, 1 << 63)
 GO_CONSTANTS = {"true": True, "false": False, "nil": None}
 
@@ -1330,77 +1238,37 @@ class GoToken(NamedTuple):
     spaced: bool = False
 
 
-class GoTerm(NamedTuple):
-    """A constant, dot, variable, function or parenthesis, and the fields taken of it."""
-    kind: str
-    place: int
-    value: Any = None
-    names: Tuple[str, ...] = ()
-
-
-class GoPipe(NamedTuple):
-    """Commands, a term and its arguments each, and the variables that take their result."""
-    place: int
-    names: Tuple[str, ...]
-    assigns: bool
-    commands: Sequence[Tuple[GoTerm, Sequence[GoTerm]]]
-
-
-class GoNode(NamedTuple):
-    """Text, or an action with what it holds; `other` stands behind its {{else}}."""
-    kind: str
-    place: int
-    text: str = ""
-    pipe: Optional[GoPipe] = None
-    body: Sequence[Any] = ()
-    other: Sequence[Any] = ()
-
-
 def read_tokens(text: str) -> Iterator[GoToken]:
     """Split a template into text, white space trimmed, and the words of its actions."""
     end, trim = 0, False
-    while True:
+    opening = GO_OPENING.search(text)
+    while opening:
+        plain = text[end:opening.start()].lstrip(GO_SPACE if trim else "")
+        plain = plain.rstrip(GO_SPACE if opening.group(1) else "")
+        yield GoToken("plain", plain, end)
+        end, trim = opening.end(), bool(opening.group(3))
+        if not opening.group(2):                    # no comment
+            for token in read_action(text, opening.end()):
+                yield token
+            end, trim = token.place + len(token.text), token.text.endswith("-}}")
         opening = GO_OPENING.search(text, end)
-        plain = text[end:opening.start() if opening else None]
-        plain = plain.lstrip(GO_SPACE) if trim else plain
-        plain = plain.rstrip(GO_SPACE) if opening and opening.group(1) else plain
-        if plain:
-            yield GoToken("plain", plain, end)
-        if not opening:
-            yield GoToken("end of template", "", len(text))
-            return
-        comment = GO_COMMENT.match(text, opening.start())
-        if comment:
-            end, trim = comment.end(), bool(comment.group(1))
-            continue
-        if text.startswith("/*", opening.end() + bool(opening.group(1))):
-            raise TemplateError("unclosed comment", opening.start())
-        yield GoToken("open", "{{", opening.start())
-        for token in read_action(text, opening.end()):
-            yield token
-        end, trim = token.place + len(token.text), token.text.endswith("-}}")
+    yield GoToken("plain", text[end:].lstrip(GO_SPACE if trim else ""), end)
+    yield GoToken("end of template", "", len(text))
 
 
 def read_action(text: str, place: int) -> Iterator[GoToken]:
-    """Yield the words of one action, the closing braces as the last."""
+    """Yield the words of one action, the braces around it among them."""
+    yield GoToken("open", "{{", place)
     kind = ""
     while kind != "close":
         match = GO_TOKEN.match(text, place)
         if not match:
-            refuse_word(text, place)
+            found = f"unexpected {text[place:place + 10]!r} in an action"
+            raise TemplateError(found if text[place:] else "unclosed action", place)
         spaced, kind, word = kind == "space", match.lastgroup or "", match.group()
         if kind != "space":
             yield GoToken(word if kind == "mark" else kind, word, place, spaced)
         place = match.end()
-
-
-def refuse_word(text: str, place: int) -> NoReturn:
-    """Raise the error about what stands there."""
-    if text[place:place + 1] in TOKEN_FAULTS:
-        raise TemplateError(TOKEN_FAULTS[text[place:place + 1]], place)
-    word = GO_WORD.match(text, place)
-    place = word.end() if word else place
-    raise TemplateError(f"unexpected character {text[place:place + 1]!r} in an action", place)
 
 
 def unquote_go(literal: str) -> str:
@@ -1409,270 +1277,34 @@ def unquote_go(literal: str) -> str:
         return literal[1:-1].replace("\r", "")
 
     def unescape(match: "re.Match[str]") -> str:
-        plain, octal, byte, *wide = match.groups()
-        if plain and (plain not in "'\"" or plain == literal[0]):
+        plain, byte, short, long = match.groups()
+        if plain:
             return GO_ESCAPED[plain]
-        code = int(octal, 8) if octal else int(byte or wide[0] or wide[1] or "d800", 16)
-        if octal or byte:
-            return chr(code) if code < 128 else chr(0xDC00 + code)
+        code = int(byte or short or long or "d800", 16)
         if code > 0x10FFFF or 0xD800 <= code < 0xE000:
             raise TemplateError(f"{literal[:40]} is no valid literal")
-        return chr(code)
+        return chr(0xDC00 + code if byte and code > 127 else code)
     return go_text(go_bytes(STRING_ESCAPE.sub(unescape, literal[1:-1])))
 
 
 def read_number(text: str) -> Union[int, float]:
     """Return the value of a number as Go spells it; raise TemplateError if it is none."""
-    whole = GO_INT.fullmatch(text) if len(text) < 100 else None
-    if whole:
-        value = int(text.replace("0", "0o", 1) if whole.group(1) else text, 0)
-        if value in GO_INTS:
-            return value
-    elif GO_FLOAT.fullmatch(text) and not math.isinf(float(text)):
-        return float(text)
+    octal = re.sub(r"\A([+-]?)0(?=[0-7_])", r"\g<1>0o", text)
+    value: Union[int, float] = math.inf
+    if re.fullmatch("[!-~]{1,99}", text):
+        try:
+            value = float(text) if GO_FLOAT.fullmatch(text) else int(octal, 0)
+        except ValueError:
+            pass
+    if value in GO_INTS if isinstance(value, int) else math.isfinite(value):
+        return value
     raise TemplateError(f"bad number {text[:40]}")
 
 
-def read_char(literal: str) -> int:
-    """Return the value of a character literal; raise TemplateError if it is none."""
-    char = unquote_go(literal)
-    if len(char) != 1:
-        raise TemplateError(f"{literal[:40]} is no valid character")
-    return ord(char) - (0xDC00 if "\udc80" <= char <= "\udcff" else 0)
+GO_LITERALS: Dict[str, Callable[[str], Any]] = {"text": unquote_go, "number": read_number}
 
 
-GO_LITERALS: Dict[str, Callable[[str], Any]] = {
-    "text": unquote_go, "number": read_number, "char": read_char}
-
-
-class TemplateParser:
-    """Reads the tokens of one template; made by Template."""
-
-    def __init__(self, text: str) -> None:
-        self.tokens = list(read_tokens(text))
-        self.index, self.depth, self.loops = 0, 0, 0
-        self.names = ["$"]                          # of the variables in scope
-        self.templates: Dict[str, Sequence[GoNode]] = {}
-
-    @property
-    def token(self) -> GoToken:
-        """The token at hand."""
-        return self.tokens[self.index]
-
-    def take(self, *kinds: str) -> Optional[GoToken]:
-        """Pass over the token at hand and return it, if it is of one of the kinds."""
-        token = self.token
-        if token.kind not in kinds:
-            return None
-        self.index += 1
-        return token
-
-    def need(self, context: str, *kinds: str) -> GoToken:
-        """Pass over the token at hand, which must be of one of the kinds."""
-        return self.take(*kinds) or self.refuse(context)
-
-    def refuse(self, context: str) -> NoReturn:
-        """Raise the error that the token at hand does not belong there."""
-        token = self.token
-        shown = {"close": "}}", "plain": "text"}.get(token.kind, token.text[:40] or token.kind)
-        raise TemplateError(f"unexpected {shown} in {context}", token.place)
-
-    def nest(self, by: int) -> None:
-        """Go one block or parenthesis deeper, or back."""
-        self.depth += by
-        if self.depth > MAX_TEMPLATE_DEPTH:
-            raise TemplateError("nested too deeply", self.token.place)
-
-    def parse_all(self, name: str) -> Dict[str, Sequence[GoNode]]:
-        """Return all templates by name, the whole under the name given."""
-        self.define(name, self.parse_body("end of template")[0], 0)
-        return self.templates
-
-    def define(self, name: str, nodes: Sequence[GoNode], place: int) -> None:
-        """Enter a template; only one of white space may give way to another."""
-        def is_empty(nodes: Sequence[GoNode]) -> bool:
-            return not any(node.kind != "plain" or node.text.strip() for node in nodes)
-        if is_empty(self.templates.get(name, ())):
-            self.templates[name] = nodes
-        elif not is_empty(nodes):
-            raise TemplateError(f"template {go_quote(name)} is defined twice", place)
-
-    def parse_body(self, *ends: str) -> Tuple[Sequence[GoNode], str]:
-        """Read nodes up to one of the words that may end them; return both."""
-        nodes: List[Optional[GoNode]] = []
-        self.nest(1)
-        while self.token.kind not in ends:
-            token = self.take("plain", "open")
-            if token is None:
-                raise TemplateError("an {{end}} is missing", self.token.place)
-            if token.kind == "plain":
-                nodes.append(GoNode("plain", token.place, token.text))
-            elif self.token.kind == "name" and self.token.text in ends:
-                break
-            else:
-                nodes.append(self.parse_action(token.place, "end" not in ends))
-        self.nest(-1)
-        self.index += 1
-        return [node for node in nodes if node], self.tokens[self.index - 1].text
-
-    def parse_action(self, place: int, top: bool) -> Optional[GoNode]:
-        """Read one action from its first word on."""
-        word = self.token.text if self.token.kind == "name" else ""
-        rule = TEMPLATE_RULES.get(word)
-        if rule is None:
-            return GoNode("action", place, pipe=self.parse_pipe("a command"))
-        if word == "define" and not top:
-            self.refuse("a block")
-        self.index += 1
-        return rule(self, place, word)
-
-    def parse_control(self, place: int, word: str) -> GoNode:
-        """Read {{if}}, {{with}} or {{range}} up to its {{end}}."""
-        mark, other = len(self.names), ()       # type: int, Sequence[GoNode]
-        pipe = self.parse_pipe(word)
-        self.loops += word == "range"
-        body, end = self.parse_body("else", "end")
-        self.loops -= word == "range"
-        if end == "else" and word != "range" and self.token[:2] == ("name", word):
-            self.index += 1
-            self.nest(1)
-            other = [self.parse_control(self.token.place, word)]
-            self.nest(-1)
-        else:
-            self.need(end, "close")
-            if end == "else":
-                other = self.parse_rest()
-        del self.names[mark:]
-        return GoNode(word, place, "", pipe, body, other)
-
-    def parse_rest(self) -> Sequence[GoNode]:
-        """Read up to {{end}}, with that."""
-        body, end = self.parse_body("end")
-        self.need(end, "close")
-        return body
-
-    def parse_jump(self, place: int, word: str) -> GoNode:
-        """Read {{break}} or {{continue}}."""
-        self.need(word, "close")
-        if not self.loops:
-            raise TemplateError(f"{{{{{word}}}}} outside of a {{{{range}}}}", place)
-        return GoNode("jump", place, word)
-
-    def parse_template(self, place: int, word: str) -> GoNode:
-        """Read {{template}}."""
-        name = self.literal(self.need(word, "text"))
-        return GoNode(word, place, name, None if self.take("close") else self.parse_pipe(word))
-
-    def parse_block(self, place: int, word: str) -> Optional[GoNode]:
-        """Read {{define}}, or {{block}}, which also stands for {{template}}."""
-        name = self.literal(self.need(word, "text"))
-        pipe = self.parse_pipe(word) if word == "block" else self.need(word, "close") and None
-        names, loops, self.names, self.loops = self.names, self.loops, ["$"], 0
-        self.define(name, self.parse_rest(), place)
-        self.names, self.loops = names, loops
-        return GoNode("template", place, name, pipe) if word == "block" else None
-
-    def parse_stray(self, place: int, word: str) -> NoReturn:
-        """Refuse {{else}} or {{end}} where there is none to be."""
-        raise TemplateError(f"unexpected {{{{{word}}}}}", place)
-
-    def parse_pipe(self, context: str, end: str = "close") -> GoPipe:
-        """Read variables and commands up to the closing braces or parenthesis."""
-        place = self.token.place
-        names, mark = self.parse_variables(context)
-        commands = [self.parse_command(context)]
-        while self.take("|"):
-            commands.append(self.parse_command(context))
-            if commands[-1][0].kind in ("constant", "dot") and not commands[-1][0].names:
-                raise TemplateError("a value takes no result of a pipeline", commands[-1][0].place)
-        self.need(context, end)
-        return GoPipe(place, names, mark == "=", commands)
-
-    def parse_variables(self, context: str) -> Tuple[Tuple[str, ...], str]:
-        """Read `$x :=`, `$x =` or `$i, $x :=`, if they are there; return the names and the mark."""
-        kinds = [token.kind for token in self.tokens[self.index:self.index + 4]]
-        size = 4 if kinds[:3] == ["variable", ",", "variable"] and context == "range" else 2
-        if kinds[0] != "variable" or kinds[size - 1:size] not in ([":="], ["="]):
-            return (), ""
-        tokens = self.tokens[self.index:self.index + size]
-        self.index += size
-        for token in tokens[::2]:
-            if tokens[-1].kind == ":=":
-                self.names.append(token.text)
-            self.check_variable(token)
-        return tuple(token.text for token in tokens[::2]), tokens[-1].kind
-
-    def check_variable(self, token: GoToken) -> None:
-        """Refuse a variable that is not in scope."""
-        if token.text not in self.names:
-            raise TemplateError(f"undefined variable {go_quote(token.text)}", token.place)
-
-    def parse_command(self, context: str) -> Tuple[GoTerm, Sequence[GoTerm]]:
-        """Read a term and its arguments."""
-        terms = [self.parse_term(context)]
-        if terms[0].kind == "constant" and terms[0].value is None:
-            raise TemplateError("nil is not a command", terms[0].place)
-        while self.token.kind not in ("close", "|", ")"):
-            if not self.token.spaced:
-                self.refuse("an operand")
-            terms.append(self.parse_term(context))
-        return terms[0], terms[1:]
-
-    def parse_term(self, context: str) -> GoTerm:
-        """Read a term with the fields behind it."""
-        token = self.need(context, "name", "dot", "field", "variable", "(", *GO_LITERALS)
-        names = [token.text[1:]] if token.kind == "field" else []
-        term = self.parse_operand(token)
-        while self.token.kind == "field" and not self.token.spaced:
-            if term.kind == "constant" or token.kind == "dot":
-                self.refuse("an operand")
-            names.append(self.need(context, "field").text[1:])
-        return term._replace(names=tuple(names))
-
-    def parse_operand(self, token: GoToken) -> GoTerm:
-        """Return the term that begins with a token."""
-        if token.kind in GO_LITERALS:
-            return GoTerm("constant", token.place, self.literal(token))
-        if token.kind == "variable":
-            self.check_variable(token)
-            return GoTerm("variable", token.place, token.text)
-        if token.kind == "(":
-            self.nest(1)
-            pipe = self.parse_pipe("parentheses", ")")
-            self.nest(-1)
-            return GoTerm("pipe", token.place, pipe)
-        return self.parse_name(token) if token.kind == "name" else GoTerm("dot", token.place)
-
-    def parse_name(self, token: GoToken) -> GoTerm:
-        """Return the constant or function that a name stands for."""
-        if token.text in GO_CONSTANTS:
-            return GoTerm("constant", token.place, GO_CONSTANTS[token.text])
-        if token.text in TEMPLATE_RULES:
-            raise TemplateError(f"unexpected {token.text} in a command", token.place)
-        if token.text not in TEMPLATE_FUNCTIONS:
-            raise TemplateError(f"function {go_quote(token.text[:40])} is not defined", token.place)
-        return GoTerm("function", token.place, token.text)
-
-    def literal(self, token: GoToken) -> Any:
-        """Return the value of a literal, its faults being at its place."""
-        try:
-            return GO_LITERALS[token.kind](token.text)
-        except TemplateError as error:
-            raise TemplateError(error.reason, token.place) from None
-
-
-TEMPLATE_RULES: Dict[str, Callable[[TemplateParser, int, str], Optional[GoNode]]] = {
-    "if": TemplateParser.parse_control, "with": TemplateParser.parse_control,
-    "range": TemplateParser.parse_control, "break": TemplateParser.parse_jump,
-    "continue": TemplateParser.parse_jump, "template": TemplateParser.parse_template,
-    "block": TemplateParser.parse_block, "define": TemplateParser.parse_block,
-    "else": TemplateParser.parse_stray, "end": TemplateParser.parse_stray}
-
-
-# -- Templates: rendering --
-
-NO_VALUE: Any = object()       # no value comes from the left of a pipeline
-
+# -- Templates: reading and rendering --
 
 class GoFunction(NamedTuple):
     """What a template may call; `kinds` are those of its arguments, the last for all the rest."""
@@ -1701,151 +1333,48 @@ NO_SURROUNDINGS = Surroundings()
 class Rendering:
     """One run of a template: its variables, output, and what it may still spend."""
 
-    def __init__(self, templates: Mapping[str, Sequence[GoNode]], world: Surroundings,
+    def __init__(self, templates: Mapping[str, "GoNodes"], world: Surroundings,
                  max_output: int, max_steps: int) -> None:
         self.templates, self.world = templates, world
-        self.variables: List[List[Any]] = []        # [name, value], the innermost last
+        self.variables: Dict[int, Any] = {}
         self.output: List[str] = []
-        self.steps, self.room, self.text_room = max_steps, max_output, 2 * max_output
+        self.left = {"steps": max_steps, "output": max_output, "text": 2 * max_output}
         self.place, self.depth = 0, 0               # the place of the last term, for errors
 
-    def spend(self, steps: int) -> None:
-        """Count work; raise TemplateError when it is too much."""
-        self.steps -= steps
-        if self.steps < 0:
-            raise TemplateError("takes too many steps")
-
-    def produce(self, length: int) -> None:
-        """Count text that functions make, the longest before they do."""
-        self.text_room -= length
-        if self.text_room < 0:
-            raise TemplateError("the functions make too much text")
+    def spend(self, amount: int, what: str = "steps") -> None:
+        """Count work, output, or text that functions make; TemplateError when it is too much."""
+        self.left[what] -= amount
+        if self.left[what] < 0:
+            raise TemplateError(f"too much to do: the {what} allowed are used up")
 
     def write(self, text: str) -> None:
         """Add to the output."""
-        self.room -= len(text)
-        if self.room < 0:
-            raise TemplateError("the output is too long")
+        self.spend(len(text), "output")
         self.output.append(text)
 
-    def walk(self, nodes: Sequence[GoNode], dot: Any) -> str:
+    def walk(self, nodes: "GoNodes", dot: Any) -> str:
         """Write nodes; return break or continue if one of them says so."""
-        for node in nodes:
+        for place, node in nodes:
             self.spend(1)
-            self.place = node.place
-            jump = NODE_RULES[node.kind](self, node, dot)
+            self.place = place
+            jump = node(self, dot)
             if jump:
                 return jump
         return ""
 
-    def walk_action(self, node: GoNode, dot: Any) -> None:
-        """Print the value of a pipeline, unless it went into a variable."""
-        value = self.value(node.pipe, dot)
-        if node.pipe and not node.pipe.names:
-            self.write("<no value>" if value is None else go_print(self, value))
-
-    def walk_branch(self, node: GoNode, dot: Any) -> str:
-        """Write one half of an {{if}} or {{with}}."""
-        mark = len(self.variables)
-        value = self.value(node.pipe, dot)
-        if go_truth(value):
-            jump = self.walk(node.body, value if node.kind == "with" else dot)
-        else:
-            jump = self.walk(node.other, dot)
-        del self.variables[mark:]
-        return jump
-
-    def walk_range(self, node: GoNode, dot: Any) -> str:
-        """Write the body of a {{range}} for each element."""
-        mark, jump, ran = len(self.variables), "", False
-        names = node.pipe.names if node.pipe else ()
-        for pair in self.elements(self.value(node.pipe, dot), len(names)):
-            self.spend(1)
-            depth, ran = len(self.variables), True
-            for name, value in zip(names, pair[-len(names):]):
-                self.find_variable(name)[1] = value
-            jump = self.walk(node.body, pair[1])
-            del self.variables[depth:]
-            if jump == "break":
-                break
-        jump = "" if ran else self.walk(node.other, dot)
-        del self.variables[mark:]
-        return jump
-
-    def elements(self, value: Any, names: int) -> Iterable[Tuple[Any, Any]]:
-        """Return the keys and elements to go through."""
-        kind = go_kind(value)
-        if kind == "slice":
-            return enumerate(value)
-        if kind == "map":
-            return [(key, value[key]) for key in sorted(value)]
-        if kind == "int" and names < 2:
-            return ((None, number) for number in range(value))
-        if kind == "invalid":
-            return ()
-        raise TemplateError(f"range can't iterate over type {go_type(value)}"
-                            + (" with two variables" if kind == "int" else ""))
-
-    def walk_template(self, node: GoNode, dot: Any) -> None:
-        """Write another template, which sees no variable but its own $."""
-        if node.text not in self.templates:
-            raise TemplateError(f"template {go_quote(node.text)} is not defined")
-        if self.depth >= MAX_TEMPLATE_DEPTH:
+    def walk_template(self, name: str, dot: Any) -> None:
+        """Write a template, which sees no variable but its own $."""
+        if name not in self.templates:
+            raise TemplateError(f"template {go_quote(name)} is not defined")
+        if self.depth > MAX_TEMPLATE_DEPTH:
             raise TemplateError("templates call each other too deeply")
-        value = self.value(node.pipe, dot)
-        variables, self.variables = self.variables, [["$", value]]
+        variables, self.variables = self.variables, {0: dot}
         self.depth += 1
-        self.walk(self.templates[node.text], value)
+        self.walk(self.templates[name], dot)
         self.depth -= 1
         self.variables = variables
 
-    def find_variable(self, name: str) -> List[Any]:
-        """Return the innermost variable of that name, as [name, value]."""
-        return next(pair for pair in reversed(self.variables) if pair[0] == name)
-
-    def value(self, pipe: Optional[GoPipe], dot: Any) -> Any:
-        """Run the commands of a pipeline; set its variables; nil if there is none."""
-        if pipe is None:
-            return None
-        value = NO_VALUE
-        for term, args in pipe.commands:
-            value = self.evaluate(term, dot, args, value)
-        for name in pipe.names:
-            if pipe.assigns:
-                self.find_variable(name)[1] = value
-            else:
-                self.variables.append([name, value])
-        self.place = pipe.place
-        return value
-
-    def evaluate(self, term: GoTerm, dot: Any, args: Sequence[GoTerm] = (), final: Any = NO_VALUE
-                 ) -> Any:
-        """Return the value of a term, or what it says to arguments and the value from the left."""
-        self.spend(1)
-        last = [] if final is NO_VALUE else [final]
-        if term.kind == "function" and term.value in ("and", "or") and not term.names:
-            return self.decide(term, dot, args, last)
-        given = [self.evaluate(arg, dot) for arg in args] + last
-        self.place = term.place
-        if given and not term.names and term.kind != "function":
-            raise TemplateError("can't give an argument to what is no function")
-        value = TERM_RULES[term.kind](self, term, dot, [] if term.names else given)
-        for left, name in zip(range(len(term.names), 0, -1), term.names):
-            value = self.field(value, name, given if left == 1 else [])
-        return value
-
-    def decide(self, term: GoTerm, dot: Any, args: Sequence[GoTerm], last: List[Any]) -> Any:
-        """Return the first argument of `and` or `or` that decides, else the last."""
-        value = None
-        for arg in args:
-            value = self.evaluate(arg, dot)
-            if go_truth(value) == (term.value == "or"):
-                return value
-        if not args and not last:
-            raise TemplateError(f"wrong number of arguments for {term.value}: got 0")
-        return last[0] if last else value
-
-    def field(self, value: Any, name: str, given: List[Any]) -> Any:
+    def field(self, value: Any, name: str, given: Sequence[Any]) -> Any:
         """Return a field of a value, or the result of a method."""
         method = GO_METHODS.get(type(value), {}).get(name)
         if method:
@@ -1858,45 +1387,298 @@ class Rendering:
             raise TemplateError(f"{name} is not a method but has arguments")
         return value.get(name)
 
-    def call(self, name: str, function: GoFunction, given: List[Any], *target: Any) -> Any:
+    def call(self, name: str, function: GoFunction, given: Sequence[Any], *target: Any) -> Any:
         """Call a function with arguments of the kinds it takes; count what that costs."""
         least = len(function.kinds) - function.variadic
         if len(given) < least or len(given) > least and not function.variadic:
             raise TemplateError(f"wrong number of arguments for {name}: wants {least}"
                                 f"{' or more' if function.variadic else ''}, got {len(given)}")
-        for value, kind in zip(given, itertools.chain(function.kinds, itertools.repeat("any"))):
-            if not ARGUMENT_KINDS[kind](value):
+        for value, kind in zip(given, function.kinds):
+            if kind not in ("any", go_kind(value), go_type(value)):
                 raise TemplateError(f"wrong type for {name}: wants {kind}, got {go_type(value)}")
         self.spend(1 + sum(len(text) >> TEXT_STEP for text in given if isinstance(text, str)))
         result = function.call(*[self] * function.wants_run, *target, *given)
         if isinstance(result, str):
-            self.produce(len(result))
+            self.spend(len(result), "text")
             self.spend(len(result) >> TEXT_STEP)
         elif isinstance(result, (list, dict)):
             self.spend(len(result) >> ELEMENT_STEP)
         return result
 
 
-NODE_RULES: Dict[str, Callable[[Rendering, GoNode, Any], Optional[str]]] = {
-    "plain": lambda run, node, dot: run.write(node.text), "action": Rendering.walk_action,
-    "jump": lambda run, node, dot: node.text, "if": Rendering.walk_branch,
-    "with": Rendering.walk_branch, "range": Rendering.walk_range,
-    "template": Rendering.walk_template}
-TERM_RULES: Dict[str, Callable[[Rendering, GoTerm, Any, List[Any]], Any]] = {
-    "constant": lambda run, term, dot, given: term.value,
-    "dot": lambda run, term, dot, given: dot,
-    "variable": lambda run, term, dot, given: run.find_variable(term.value)[1],
-    "pipe": lambda run, term, dot, given: run.value(term.value, dot),
-    "function": lambda run, term, dot, given: run.call(
-        term.value, TEMPLATE_FUNCTIONS[term.value], given)}
-ARGUMENT_KINDS: Dict[str, Callable[[Any], bool]] = {
-    "any": lambda value: True,
-    "string": lambda value: isinstance(value, str),
-    "int": lambda value: go_kind(value) == "int",
-    "bool": lambda value: isinstance(value, bool),
-    "list": lambda value: go_kind(value) == "slice",
-    "map": lambda value: go_kind(value) == "map",
-    "time": lambda value: isinstance(value, GoTime)}
+GoNode = Callable[[Rendering, Any], Optional[str]]       # writes; says break or continue, perhaps
+GoNodes = Sequence[Tuple[int, GoNode]]                   # with their places
+GoPipe = Callable[[Rendering, Any], Any]                 # returns the value of a pipeline
+GoTerm = Callable[..., Any]    # the same of a term; is given arguments, and what the left gave
+
+
+def write_text(text: str) -> GoNode:
+    """Return what writes a text."""
+    return lambda run, dot: run.write(text)
+
+
+def range_elements(value: Any, names: int) -> Iterable[Tuple[Any, Any]]:
+    """Return the keys and elements that {{range}} goes through."""
+    kind = go_kind(value)
+    if kind == "map":
+        return [(key, value[key]) for key in sorted(value)]
+    if kind == "int" and names < 2:
+        return ((None, number) for number in range(value))
+    if kind in ("slice", "invalid"):
+        return enumerate(value or ())
+    raise TemplateError(f"range can't iterate over type {go_type(value)}")
+
+
+def decide(name: str, run: Rendering, dot: Any, args: Sequence[GoTerm] = (),
+           last: Sequence[Any] = ()) -> Any:
+    """Return the first argument of `and` or `or` that decides, else the last."""
+    if not args and not last:
+        raise TemplateError(f"wrong number of arguments for {name}: got 0")
+    value = None
+    for arg in args:
+        value = arg(run, dot)
+        if go_truth(value) == (name == "or"):
+            return value
+    return last[0] if last else value
+
+
+class TemplateParser:
+    """Reads one template into functions that write it; made by Template."""
+
+    def __init__(self) -> None:
+        self.tokens: List[GoToken] = []
+        self.index, self.place, self.depth, self.loops = 0, 0, 0, 0
+        self.names = ["$"]                          # of the variables in scope
+        self.templates: Dict[str, GoNodes] = {}
+
+    def parse_all(self, name: str, text: str) -> Dict[str, GoNodes]:
+        """Return all templates by name, the whole under the name given."""
+        self.tokens = list(read_tokens(text))
+        self.templates[name] = self.parse_body("end of template")[0]
+        return self.templates
+
+    @property
+    def token(self) -> GoToken:
+        """The token at hand."""
+        return self.tokens[self.index]
+
+    def take(self, *kinds: str) -> Optional[GoToken]:
+        """Pass over the token at hand and return it, if it is of one of the kinds."""
+        token = self.token
+        if token.kind not in kinds:
+            return None
+        self.index, self.place = self.index + 1, token.place
+        return token
+
+    def need(self, context: str, *kinds: str) -> GoToken:
+        """Pass over the token at hand, which must be of one of the kinds."""
+        return self.take(*kinds) or self.refuse(context)
+
+    def refuse(self, context: str) -> NoReturn:
+        """Raise the error that the token at hand does not belong there."""
+        shown = "text" if self.token.kind == "plain" else self.token.text.strip()[:40]
+        raise TemplateError(f"unexpected {shown or self.token.kind} in {context}", self.token.place)
+
+    def nest(self, by: int) -> None:
+        """Go one block or parenthesis deeper, or back."""
+        self.depth += by
+        if self.depth > MAX_TEMPLATE_DEPTH:
+            raise TemplateError("nested too deeply")
+
+    def parse_body(self, *ends: str) -> Tuple[GoNodes, str]:
+        """Read nodes up to one of the words that may end them, and all of {{end}}; return both."""
+        nodes: List[Tuple[int, GoNode]] = []
+        self.nest(1)
+        while self.token.kind not in ends:
+            token = self.take("plain", "open")
+            if token is None:
+                raise TemplateError("an {{end}} is missing", self.token.place)
+            if token.kind == "plain":
+                nodes.append((token.place, write_text(token.text)))
+            elif self.token.kind == "name" and self.token.text in ends:
+                break
+            else:
+                nodes.append((token.place, self.parse_action()))
+        self.nest(-1)
+        self.index += 1
+        end = self.tokens[self.index - 1].text
+        if end == "end":
+            self.need(end, "close")
+        return nodes, end
+
+    def parse_action(self) -> GoNode:
+        """Read one action from its first word on."""
+        word = self.token.text if self.token.kind == "name" else ""
+        if word in TEMPLATE_RULES:
+            rule = TEMPLATE_RULES[word] or self.refuse("no block")
+            self.index += 1
+            return rule(self, word)
+        pipe, slots = self.parse_pipe("a command")
+
+        def write(run: Rendering, dot: Any) -> None:
+            value = pipe(run, dot)
+            if not slots:
+                run.write("<no value>" if value is None else go_print(run, value))
+        return write
+
+    def parse_control(self, word: str) -> GoNode:
+        """Read {{if}}, {{with}} or {{range}} up to its {{end}}."""
+        scope, other = len(self.names), ()          # type: int, GoNodes
+        pipe, slots = self.parse_pipe(word)
+        self.loops += word == "range"
+        body, end = self.parse_body("else", "end")
+        self.loops -= word == "range"
+        if end == "else" and word != "range" and self.token[:2] == ("name", word):
+            self.index += 1
+            self.nest(1)
+            other = [(self.place, self.parse_control(word))]
+            self.nest(-1)
+        elif end == "else":
+            self.need(end, "close")
+            other = self.parse_body("end")[0]
+        del self.names[scope:]
+        return self.loop(pipe, slots, body, other) if word == "range" else \
+            self.branch(pipe, word == "with", body, other)
+
+    def branch(self, pipe: GoPipe, moves: bool, body: GoNodes, other: GoNodes) -> GoNode:
+        """Return what writes an {{if}} or {{with}}; the latter moves the dot."""
+        def write(run: Rendering, dot: Any) -> str:
+            value = pipe(run, dot)
+            return run.walk(body, value if moves else dot) if go_truth(value) else \
+                run.walk(other, dot)
+        return write
+
+    def loop(self, pipe: GoPipe, slots: Sequence[int], body: GoNodes, other: GoNodes) -> GoNode:
+        """Return what writes a {{range}}."""
+        def write(run: Rendering, dot: Any) -> str:
+            ran = False
+            for pair in range_elements(pipe(run, dot), len(slots)):
+                run.spend(1)
+                run.variables.update(zip(slots, pair[-len(slots):]))
+                ran = True
+                if run.walk(body, pair[1]) == "break":
+                    break
+            return "" if ran else run.walk(other, dot)
+        return write
+
+    def parse_jump(self, word: str) -> GoNode:
+        """Read {{break}} or {{continue}}."""
+        self.need(word, "close")
+        if not self.loops:
+            raise TemplateError(f"{{{{{word}}}}} outside of a {{{{range}}}}")
+        return lambda run, dot: word
+
+    def parse_template(self, word: str) -> GoNode:
+        """Read {{template}}, {{block}}, which also defines it, or {{define}}, which writes none."""
+        name = unquote_go(self.need(word, "text").text)
+        has_pipe = word == "block" or word == "template" and self.token.kind != "close"
+        pipe = self.parse_pipe(word)[0] if has_pipe else self.need(word, "close") and None
+        if word != "template":
+            names, loops, self.names, self.loops = self.names, self.loops, ["$"], 0
+            if name in self.templates:
+                raise TemplateError(f"template {go_quote(name)} is defined twice")
+            self.templates[name] = self.parse_body("end")[0]
+            self.names, self.loops = names, loops
+        if word == "define":
+            return lambda run, dot: None
+        return lambda run, dot: run.walk_template(name, pipe(run, dot) if pipe else None)
+
+    def parse_pipe(self, context: str, end: str = "close") -> Tuple[GoPipe, Sequence[int]]:
+        """Read variables and commands up to the closing braces or parenthesis."""
+        place, slots = self.token.place, self.parse_variables(context)
+        commands = [self.parse_command(context)]
+        while self.take("|"):
+            commands.append(self.parse_command(context))
+        self.need(context, end)
+
+        def pipe(run: Rendering, dot: Any) -> Any:
+            last: Sequence[Any] = ()
+            for term, *args in commands:
+                last = [term(run, dot, args, last)]
+            run.variables.update((slot, last[0]) for slot in slots)
+            run.place = place
+            return last[0]
+        return pipe, slots
+
+    def parse_variables(self, context: str) -> Sequence[int]:
+        """Read `$x :=`, `$x =` or `$i, $x :=`, if they are there; return where they are kept."""
+        kinds = [token.kind for token in self.tokens[self.index:self.index + 4]]
+        size = 4 if kinds[:3] == ["variable", ",", "variable"] and context == "range" else 2
+        if kinds[0] != "variable" or kinds[size - 1:size] not in ([":="], ["="]):
+            return ()
+        tokens = [self.need(context, kind) for kind in kinds[:size]]
+        if tokens[-1].kind == ":=":
+            self.names += [token.text for token in tokens[::2]]
+            if len(self.names) > MAX_TEMPLATE_VARIABLES:
+                raise TemplateError("too many variables")
+        return [self.find_variable(token.text) for token in tokens[::2]]
+
+    def find_variable(self, name: str) -> int:
+        """Return where a variable is kept, which must be in scope."""
+        if name not in self.names:
+            raise TemplateError(f"undefined variable {go_quote(name)}")
+        return max(slot for slot, known in enumerate(self.names) if known == name)
+
+    def parse_command(self, context: str) -> Sequence[GoTerm]:
+        """Read a term and its arguments."""
+        terms = [self.parse_term(context)]
+        while self.token.kind not in ("close", "|", ")"):
+            if not self.token.spaced:
+                self.refuse("an operand")
+            terms.append(self.parse_term(context))
+        return terms
+
+    def parse_term(self, context: str) -> GoTerm:
+        """Read a term with the fields behind it."""
+        token = self.need(context, "name", "dot", "field", "variable", "(", *GO_LITERALS)
+        if token.text in ("and", "or"):
+            return functools.partial(decide, token.text)
+        operand = self.parse_operand(token)
+        names = [token.text[1:]] if token.kind == "field" else []
+        while self.token.kind == "field" and not self.token.spaced:
+            if token.kind in ("dot", *GO_LITERALS) or token.text in ("nil", "true", "false"):
+                self.refuse("an operand")
+            names.append(self.need(context, "field").text[1:])
+        is_function = token.kind == "name" and token.text not in GO_CONSTANTS
+
+        def term(run: Rendering, dot: Any, args: Sequence[GoTerm] = (), last: Sequence[Any] = ()
+                 ) -> Any:
+            run.spend(1)
+            given = [*(arg(run, dot) for arg in args), *last]
+            run.place = token.place
+            if given and not names and not is_function:
+                raise TemplateError("can't give an argument to what is no function")
+            value = operand(run, dot, () if names else given)
+            for left, name in zip(range(len(names), 0, -1), names):
+                value = run.field(value, name, given if left == 1 else ())
+            return value
+        return term
+
+    def parse_operand(self, token: GoToken) -> GoTerm:
+        """Return what gives the value that a token begins."""
+        if token.kind == "variable":
+            slot = self.find_variable(token.text)
+            return lambda run, dot, given: run.variables.get(slot)
+        if token.kind == "(":
+            self.nest(1)
+            pipe = self.parse_pipe("parentheses", ")")[0]
+            self.nest(-1)
+            return lambda run, dot, given: pipe(run, dot)
+        if token.kind in GO_LITERALS or token.text in GO_CONSTANTS:
+            value = GO_LITERALS.get(token.kind, GO_CONSTANTS.get)(token.text)
+            return lambda run, dot, given: value
+        if token.kind != "name":
+            return lambda run, dot, given: dot
+        if token.text not in TEMPLATE_FUNCTIONS:
+            raise TemplateError(f"function {go_quote(token.text[:40])} is not defined")
+        return lambda run, dot, given: run.call(token.text, TEMPLATE_FUNCTIONS[token.text], given)
+
+
+TEMPLATE_RULES: Dict[str, Optional[Callable[[TemplateParser, str], GoNode]]] = {
+    **dict.fromkeys(("if", "with", "range"), TemplateParser.parse_control),
+    **dict.fromkeys(("break", "continue"), TemplateParser.parse_jump),
+    **dict.fromkeys(("template", "block", "define"), TemplateParser.parse_template),
+    "else": None, "end": None}
 
 
 class Template:
@@ -1904,23 +1686,26 @@ class Template:
 
     def __init__(self, text: str, name: str = "template") -> None:
         self.text, self.name = text, name
+        parser = TemplateParser()
         try:
-            self.templates = TemplateParser(text).parse_all(name)
+            self.templates = parser.parse_all(name, text)
         except TemplateError as error:
-            raise error.locate(name, text, error.place) from None
+            raise error.locate(name, text, parser.place) from None
+
+    @property
+    def is_plain(self) -> bool:
+        """Tell whether there is nothing to render, the text standing for itself."""
+        return "{{" not in self.text
 
     def render(self, fields: Mapping[str, Any], world: Surroundings = NO_SURROUNDINGS,
                max_output: int = MAX_TEMPLATE_OUTPUT, max_steps: int = MAX_TEMPLATE_STEPS) -> str:
         """Return the text for these fields; raise TemplateError, also where a bound is passed."""
-        run, dot = Rendering(self.templates, world, max_output, max_steps), GoStruct(fields)
-        run.variables.append(["$", dot])
+        run = Rendering(self.templates, world, max_output, max_steps)
         try:
-            run.walk(self.templates[self.name], dot)
-        except TemplateError as error:
-            raise error.locate(self.name, self.text, run.place) from None
-        except RecursionError:                      # the depth left depends on who called
-            raise TemplateError("nested too deeply").locate(
-                self.name, self.text, run.place) from None
+            run.walk_template(self.name, GoStruct(fields))
+        except (TemplateError, RecursionError) as error:    # the stack left depends on who called
+            known = error if isinstance(error, TemplateError) else TemplateError("nests too deeply")
+            raise known.locate(self.name, self.text, run.place) from None
         return go_text(go_bytes("".join(run.output)))
 
     def check(self, sample: Mapping[str, Any], world: Surroundings = NO_SURROUNDINGS) -> None:
@@ -1928,250 +1713,170 @@ class Template:
         self.render(sample, world)
 
 
-# -- Templates: regular expressions, as RE2 reads them and in linear time --
+# -- Templates: regular expressions --
 #
-# https://github.com/google/re2/wiki/Syntax. Python's re takes exponential time on some patterns, so
-# it only looks at single characters here; each pair of instruction and position is tried once.
+# RE2 takes linear time, Python's re does not. So a pattern is read first: each piece that can match
+# in several ways multiplies the time of all that follows it, and what could take some seconds
+# on the longest text is refused. "\d+-" can match in one way only, no digit being a dash.
 
-MAX_REGEX_STEPS = 1000000     # pairs tried in one search; about a second
-MAX_REGEX_SIZE = 5000         # instructions of one pattern
+MAX_REGEX_PATTERN = 500
+MAX_REGEX_TEXT = 8000
 MAX_REGEX_REPEAT = 1000       # as in RE2
-REGEX_CHAR = re.compile(r"""(?xs)
-    (?P<test>\\[AzbB]|\^|\$)
-  | \\x(?:\{(?P<wide>[0-9A-Fa-f]{1,6})\}|(?P<code>[0-9A-Fa-f]{2}))
-  | (?P<escape>\\[dDwWsSaftnrv]|\\[!-/:-@\[-`{-~]|\.)
-  | \[(?P<not>\^?)(?P<set>\]?(?:\[:\w+:\]|\\.|[^\]\\])*)\]
-  | (?P<plain>[^\\()*+?|\[])""")
-SET_ITEM = re.compile(r"(?s)\[:(\w+):\]|(\\[dDwWsSaftnrvx]|\\[^A-Za-z0-9])|(\\.)|([\[\]&~|])")
-REGEX_GROUP = re.compile(r"(?a)\((?:\?(?:P?<([A-Za-z_]\w*)>|([ims]*)(?:-([ims]+))?([:)]))|(?!\?))")
-REGEX_REPEAT = re.compile(r"([*+?]|\{([0-9]{1,4})(,([0-9]{0,4}))?\})(\??)")
-POSIX_SETS = {"alpha": "A-Za-z", "digit": "0-9", "alnum": "0-9A-Za-z", "upper": "A-Z",
-              "lower": "a-z", "space": r"\t\n\v\f\r ", "word": "0-9A-Za-z_", "blank": r"\t ",
-              "xdigit": "0-9A-Fa-f", "punct": r"!-/:-@\[-`{-~"}
-RE_TRY, RE_SPLIT, RE_JUMP, RE_SAVE, RE_MATCH = range(5)
-RegexStep = Tuple[int, Any, Any]     # what to do; a test and its source, ways to go, or a number
+MAX_REGEX_COST = 330000000    # characters looked at, rather too many; measured: 1.5 s at worst
+REGEX_SLOW = 10               # what going back to a choice costs, and each turn of a group
+REGEX_STEP = 11               # 1 << 11 of them are one step
+REGEX_PIECE = re.compile(r"""(?xs)
+    (?P<open>\((?:\?:|\?P<[A-Za-z_][0-9A-Za-z_]*>|(?!\?))) | (?P<or>\|) | (?P<test>\^|\$|\\[AzbB])
+  | (?:(?P<close>\))
+      |(?P<char>\\[dDwWsSfnrtv] | \\[!-/:-@\[-`{-~] | [^\\\[(){*+?|] | \{(?![0-9,])
+         | \[\^?\]?(?:\\[dDwWsSfnrtv!-/:-@\[-`{-~]|[^\]\\\[])*\]))
+    (?P<repeat>(?:[*+?]|\{(?P<least>[0-9]{1,4})(?P<most>,[0-9]{0,4})?\})\??)?""")
+REGEX_KINDS = ("open", "or", "test", "close", "char")
+REGEX_COUNTS = {"": ("1", None), "*": ("0", ","), "+": ("1", ","), "?": ("0", ",1")}
 
 
-class GoRegex:
-    """A regular expression in RE2's syntax; made by go_regex. TemplateError for any other."""
+class RegexPiece(NamedTuple):
+    """A piece of a pattern as Python spells it, and how often it may come."""
+    kind: str
+    source: str
+    repeat: str
+    least: int
+    most: int
 
-    def __init__(self, pattern: str) -> None:
-        self.pattern, self.place, self.depth = pattern, 0, 0
-        self.groups: List[Optional[str]] = [None]
-        self.steps: List[RegexStep] = [*self.parse_choice(""), (RE_MATCH, None, None)]
-        if self.place < len(pattern):
-            raise self.fault("unexpected )")
-        start = itertools.takewhile(lambda step: step[0] in (RE_TRY, RE_SAVE), self.steps)
-        self.start = re.compile("".join(step[2] for step in start if step[0] == RE_TRY))
 
-    def fault(self, reason: str) -> TemplateError:
-        """Return an error about the pattern."""
-        return TemplateError(f"regular expression {go_quote(self.pattern[:80])}: {reason}")
+def read_regex_piece(match: "re.Match[str]", flags: str) -> RegexPiece:
+    """Return one piece of a pattern; TemplateError if it repeats too often."""
+    kind = next(name for name in REGEX_KINDS if match.group(name))
+    source, repeat = match.group(kind), match.group("repeat") or ""
+    if source == r"\z" or source == "$" and "m" not in flags:
+        source = r"\Z"
+    low, high = REGEX_COUNTS.get(repeat[:1]) or (match.group("least"), match.group("most"))
+    least, most = int(low), int(low if high is None else high[1:] or MAX_REGEX_TEXT)
+    if least > MAX_REGEX_REPEAT or MAX_REGEX_REPEAT < most < MAX_REGEX_TEXT:
+        raise TemplateError("regular expression: repeats too often")
+    return RegexPiece(kind, source, repeat, least, most)
 
-    def parse_choice(self, flags: str) -> List[RegexStep]:
-        """Read alternatives up to a closing parenthesis."""
-        steps, flags = self.parse_sequence(flags)
-        if self.pattern[self.place:self.place + 1] != "|":
-            return steps
-        self.place += 1
-        other = self.parse_choice(flags)
-        return [(RE_SPLIT, 1, len(steps) + 2), *steps, (RE_JUMP, len(other) + 1, None), *other]
 
-    def parse_sequence(self, flags: str) -> Tuple[List[RegexStep], str]:
-        """Read what stands one behind the other; return it, and the flags set at its end."""
-        steps: List[RegexStep] = []
-        while self.pattern[self.place:self.place + 1] not in ("", "|", ")"):
-            group = REGEX_GROUP.match(self.pattern, self.place)
-            if group:
-                self.place = group.end()
-                inner = "".join(sorted(set(flags + (group.group(2) or ""))
-                                       - set(group.group(3) or "")))
-                if group.group(4) == ")":
-                    flags = inner
-                    continue
-            piece = self.parse_group(inner, group) if group else [self.parse_char(flags)]
-            steps += self.parse_repeat(piece)
-            if len(steps) > MAX_REGEX_SIZE:
-                raise self.fault("too large")
-        return steps, flags
-
-    def parse_group(self, flags: str, group: "re.Match[str]") -> List[RegexStep]:
-        """Read a group from behind its opening on."""
-        number = 2 * len(self.groups)
-        self.groups += [group.group(1)] if not group.group(4) else []
-        self.depth += 1
-        if self.depth > MAX_TEMPLATE_DEPTH:
-            raise self.fault("nested too deeply")
-        steps = self.parse_choice(flags)
-        if self.pattern[self.place:self.place + 1] != ")":
-            raise self.fault("missing )")
-        self.place += 1
-        self.depth -= 1
-        if group.group(4):
-            return steps
-        return [(RE_SAVE, number, None), *steps, (RE_SAVE, number + 1, None)]
-
-    def parse_char(self, flags: str) -> RegexStep:
-        """Read one character, class, or test of a position."""
-        match = REGEX_CHAR.match(self.pattern, self.place)
+def read_regex_pieces(pattern: str, place: int, flags: str) -> Iterator[RegexPiece]:
+    """Yield what a pattern is made of; TemplateError for what only some engines know."""
+    simple = [True]               # whether the groups open here neither repeat nor choose
+    while place < len(pattern):
+        match = REGEX_PIECE.match(pattern, place)
         if not match:
-            raise self.fault(f"cannot read {self.pattern[self.place:][:10]!r}")
-        self.place = match.end()
-        source = self.translate(match, flags)
-        # \w and its like are ASCII in RE2, but cases are not.
-        flags += "a" if re.search(r"\\[dDwWsSbB]", source) else ""
-        source = f"(?{flags}:{source})" if flags else source
-        try:
-            return RE_TRY, re.compile(source).match, source
-        except re.error as error:
-            raise self.fault(str(error)) from None
+            raise TemplateError(f"regular expression: cannot read {pattern[place:][:10]!r}")
+        piece, place = read_regex_piece(match, flags), match.end()
+        if piece.kind == "open":
+            simple.append(True)
+        elif piece.kind == "close" and len(simple) == 1:
+            raise TemplateError("regular expression: unexpected )")
+        elif piece.kind == "close" and not simple.pop() and piece.repeat:
+            raise TemplateError("regular expression: a repeated group may not repeat or choose")
+        if piece.repeat or piece.kind == "or":
+            simple = [False] * len(simple)
+        yield piece
 
-    def translate(self, match: "re.Match[str]", flags: str) -> str:
-        """Return the pattern of one character as Python writes it."""
-        text, kind = match.group(), match.lastgroup
-        if kind == "test":
-            return text if "m" in flags and text in "^$" else \
-                {"^": r"\A", "$": r"\Z", r"\z": r"\Z"}.get(text, text)
-        if kind in ("wide", "code"):
-            return re.escape(chr(min(int(match.group(kind), 16), 0x10FFFF)))
-        if kind == "set":
-            return f"[{match.group('not')}{SET_ITEM.sub(self.translate_set, match.group('set'))}]"
-        return text if kind == "escape" else re.escape(text)
 
-    def translate_set(self, match: "re.Match[str]") -> str:
-        """Return one item of a character class as Python writes it."""
-        name, escape, bad, char = match.groups()
-        if bad or name and name not in POSIX_SETS:
-            raise self.fault(f"cannot read {match.group()}")
-        return POSIX_SETS[name] if name else escape or "\\" + char
+def count_ways(piece: RegexPiece, after: Optional[RegexPiece], flags: str, samples: str) -> int:
+    """Return in how many ways a piece can match for all that the one after it can tell."""
+    if after is None or piece.kind == "char" and after.source == r"\Z":
+        return 1
+    if piece.kind == after.kind == "char" and after.least:
+        first, second = (set(re.findall(flags + one.source, samples)) for one in (piece, after))
+        return piece.most - piece.least + 1 if first & second else 1
+    return piece.most - piece.least + 1
 
-    def parse_repeat(self, piece: List[RegexStep]) -> List[RegexStep]:
-        """Read how often a piece may come; return it so often."""
-        match = REGEX_REPEAT.match(self.pattern, self.place)
-        if not match:
-            return piece
-        self.place = match.end()
-        sign, low, comma, high, lazy = match.groups()
-        least = int(low) if low else int(sign == "+")
-        most = None if sign in "*+" or comma and not high else int(high or low or 1)
-        if REGEX_REPEAT.match(self.pattern, self.place) or max(least, most or 0) > MAX_REGEX_REPEAT:
-            raise self.fault("bad repetition")
-        if len(piece) * max(least, most or 1) > MAX_REGEX_SIZE or most is not None and most < least:
-            raise self.fault("bad repetition")
-        ways = (lambda skip: (RE_SPLIT, skip, 1)) if lazy else (lambda skip: (RE_SPLIT, 1, skip))
-        steps = piece * least
-        if most is None:
-            return [*steps, ways(len(piece) + 2), *piece, (RE_JUMP, -len(piece) - 1, None)]
-        for left in range(most - least, 0, -1):
-            steps += [ways(left * (len(piece) + 1)), *piece]
-        return steps
 
-    def search(self, run: Rendering, text: str, start: int) -> Optional[Dict[int, int]]:
-        """Return where the first match from start on begins and ends, then where its groups do."""
-        tried: Set[Tuple[int, int]] = set()
-        limit = min(MAX_REGEX_STEPS, run.steps << ELEMENT_STEP)
-        saved, candidate = None, self.start.search(text, start)
-        while candidate and saved is None:
-            saved = self.match_at(text, candidate.start(), tried, limit)
-            candidate = self.start.search(text, candidate.start() + 1) \
-                if candidate.start() < len(text) else None
-        run.spend(len(tried) >> ELEMENT_STEP)
-        return saved
-
-    def match_at(self, text: str, start: int, tried: Set[Tuple[int, int]], limit: int
-                 ) -> Optional[Dict[int, int]]:
-        """Return the positions of the match that RE2 would find there."""
-        todo: List[Tuple[int, int, Any]] = [(0, start, None)]
-        while todo:
-            at, place, saved = todo.pop()
-            while (at, place) not in tried:
-                tried.add((at, place))
-                kind, first, second = self.steps[at]
-                if kind == RE_TRY:
-                    found = first(text, place)
-                    if not found:
-                        break
-                    at, place = at + 1, found.end()
-                elif kind == RE_SPLIT:
-                    todo.append((at + second, place, saved))
-                    at += first
-                elif kind == RE_JUMP:
-                    at += first
-                elif kind == RE_SAVE:
-                    at, saved = at + 1, (first, place, saved)
-                else:
-                    return self.positions(start, place, saved)
-            if len(tried) > limit:
-                raise self.fault("takes too long on this text")
-        return None
-
-    def positions(self, start: int, end: int, saved: Any) -> Dict[int, int]:
-        """Return the latest position noted under each number."""
-        found = {0: start, 1: end}
-        while saved:
-            number, place, saved = saved
-            found.setdefault(number, place)
-        return found
-
-    def find_all(self, run: Rendering, text: str) -> Iterator[Dict[int, int]]:
-        """Yield all matches; as in Go, an empty one right behind another does not count."""
-        place, end = 0, -1
-        while place <= len(text):
-            run.spend(1)
-            found = self.search(run, text, place)
-            if found is None:
-                return
-            if found[1] > found[0] or found[0] != end:
-                yield found
-            end = found[1]
-            place = end + (found[1] == found[0])
-
-    def expand(self, text: str, found: Dict[int, int], template: str) -> str:
-        """Return a replacement, $1, ${1} and ${name} filled in."""
-        def fill(match: "re.Match[str]") -> str:
-            name = match.group(1) or match.group(2)
-            if not name:
-                return "$"
-            number = int(name) if re.fullmatch("0|[1-9][0-9]{0,8}", name) else \
-                self.groups.index(name) if name in self.groups else -1
-            return text[found[2 * number]:found[2 * number + 1]] if 2 * number in found else ""
-        return re.sub(r"(?a)\$(?:\$|(\w+)|\{(\w+)\})", fill, template)
+def regex_cost(pattern: str, pieces: Sequence[RegexPiece], flags: str) -> int:
+    """Return how many characters a search may look at in the longest text."""
+    near = "".join(chr(max(ord(char) + by, 0)) for char in pattern for by in (-1, 0, 1))
+    samples = "".join({*map(chr, range(256)), *near, *near.upper(), *near.lower(), *"\u0663\u2003"})
+    branches = any(one.kind == "or" or one.kind == "close" and one.repeat for one in pieces)
+    cost, ways, starts, others = 0, 1, [1], [0]     # the latter two: of the groups open here
+    for at, piece in enumerate(pieces):
+        if piece.kind == "open":
+            starts, others = [*starts, ways], [*others, 0]
+        elif piece.kind == "or":
+            ways, others[-1] = starts[-1], others[-1] + ways
+        elif piece.kind == "close":
+            ways, starts = ways + others.pop(), starts[:-1]
+        slow = REGEX_SLOW if piece.repeat or piece.kind == "or" else 0
+        cost += ways * (piece.most * (slow if piece.kind == "close" and slow else 1) + slow)
+        after = next((one for one in pieces[at + 1:] if one.kind != "close"
+                      and (branches or one.kind != "open")), None)
+        ways *= count_ways(piece, after, flags, samples)
+    is_anchored = pieces and pieces[0].source in ("^", r"\A") and not branches and "m" not in flags
+    return cost if is_anchored else cost * MAX_REGEX_TEXT
 
 
 @functools.lru_cache(maxsize=64)
-def go_regex(pattern: str) -> GoRegex:
-    """Return a regular expression ready for use."""
-    if len(pattern) > MAX_REGEX_SIZE:
-        raise TemplateError("the regular expression is too long")
-    return GoRegex(pattern)
+def read_regex(pattern: str) -> Tuple["re.Pattern[str]", int]:
+    """Return a regular expression and its cost; TemplateError if that is too high."""
+    if len(pattern) > MAX_REGEX_PATTERN:
+        raise TemplateError("regular expression: too long")
+    opening = re.match(r"(?:\(\?[ims]+\))?", pattern)
+    flags = opening.group() if opening else ""
+    try:
+        pieces = list(read_regex_pieces(pattern, len(flags), flags))
+        compiled = re.compile(flags + "".join(piece.source + piece.repeat for piece in pieces))
+    except re.error as error:
+        raise TemplateError(f"regular expression: {error}") from None
+    cost = regex_cost(pattern, pieces, flags)
+    if cost > MAX_REGEX_COST:
+        raise TemplateError("regular expression: takes too long on some texts")
+    return compiled, cost
+
+
+def go_regex(run: Rendering, pattern: str, text: str) -> "re.Pattern[str]":
+    """Return a regular expression that may be used on this text."""
+    run.spend(len(pattern) ** 2 >> ELEMENT_STEP)
+    compiled, cost = read_regex(pattern)
+    if len(text) > MAX_REGEX_TEXT:
+        raise TemplateError(f"regular expression: text of more than {MAX_REGEX_TEXT} characters")
+    run.spend(cost * len(text) // MAX_REGEX_TEXT >> REGEX_STEP)
+    return compiled
+
+
+def go_regex_find(run: Rendering, pattern: str, text: str) -> str:
+    """Return the first part of a text that a pattern matches."""
+    found = go_regex(run, pattern, text).search(text)
+    return found.group() if found else ""
+
+
+def expand_groups(found: "re.Match[str]", template: str) -> str:
+    """Return a replacement, $1, ${1} and ${name} filled in."""
+    def fill(match: "re.Match[str]") -> str:
+        name = match.group(1) or match.group(2)
+        try:
+            return found.group(int(name) if name.isdigit() else name) or "" if name else "$"
+        except (IndexError, ValueError):
+            return ""
+    return re.sub(r"(?a)\$(?:\$|(\w+)|\{(\w+)\})", fill, template)
+
+
+def go_regex_replace(run: Rendering, pattern: str, text: str, template: str) -> str:
+    """Replace what a pattern matches; $1 stands for the first group."""
+    out: List[str] = []
+    end = 0
+    for found in go_regex(run, pattern, text).finditer(text):
+        if out and found.span() == (end, end):      # Go: no empty match right behind another
+            continue
+        run.spend(1 + template.count("$") + (len(template) >> TEXT_STEP))
+        out += [text[end:found.start()], expand_groups(found, template)]
+        run.spend(len(out[-1]), "text")
+        end = found.end()
+    return "".join(out) + text[end:]
 
 
 # -- Templates: the functions; one whose first parameter is named run is given the Rendering --
 
-TEMPLATE_FUNCTIONS: Dict[str, GoFunction] = {}
-GO_SPACES = " \t\n\v\f\r\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + \
-    "".join(map(chr, range(0x2000, 0x200B)))
 WORD_START = re.compile(r"(?:\A|(?<=[\x00-/:-@\[-^`{-\x7f\s]))\w")
-HTML_ESCAPES = (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ('"', "&#34;"), ("'", "&#39;"),
-                ("\0", "\ufffd"))
-JS_ESCAPES = {"\\": "\\\\", "'": "\\'", '"': '\\"'}
-GO_ORDERED = {"int", "float64", "string"}
+HTML_ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&#34;", "'": "&#39;",
+                              "\0": "\ufffd"})
+JS_ESCAPES = str.maketrans({
+    **{chr(code): f"\\u{code:04X}" for code in (*range(32), *b"<>&=\x7f", 0x2028, 0x2029)},
+    "\\": "\\\\", "'": "\\'", '"': '\\"'})
 GO_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
-
-
-def go_function(kinds: str, call: Callable[..., Any]) -> GoFunction:
-    """Describe a function by the kinds of its arguments; `any...` stands for any number more."""
-    names = call.__code__.co_varnames if isinstance(call, types.FunctionType) else ()
-    return GoFunction(call, tuple(kinds.replace("...", "").split()), "..." in kinds,
-                      names[:1] == ("run",))
-
-
-def template_function(name: str, kinds: str) -> Callable[[Any], Any]:
-    """Enter a function under its name in templates."""
-    def enter(call: Any) -> Any:
-        TEMPLATE_FUNCTIONS[name] = go_function(kinds, call)
-        return call
-    return enter
+SECOND, MILLISECOND = datetime.timedelta(seconds=1), datetime.timedelta(milliseconds=1)
 
 
 def go_equal(first: Any, second: Any) -> bool:
@@ -2186,12 +1891,12 @@ def go_equal(first: Any, second: Any) -> bool:
 
 def go_less(first: Any, second: Any) -> bool:
     """Compare two values as lt does."""
-    if go_kind(first) != go_kind(second) or go_kind(first) not in GO_ORDERED:
+    kind = go_kind(first)
+    if kind != go_kind(second) or kind not in ("int", "float64", "string"):
         raise TemplateError(f"can't compare {go_type(first)} and {go_type(second)}")
     return bool(first < second)
 
 
-@template_function("index", "any any...")
 def go_index(value: Any, *indexes: Any) -> Any:
     """Return an element of a list or map, an element of that, and so on."""
     if value is None:
@@ -2209,7 +1914,6 @@ def go_index(value: Any, *indexes: Any) -> Any:
     return value
 
 
-@template_function("slice", "any any...")
 def go_slice(value: Any, *indexes: Any) -> Any:
     """Return a part of a list, or of a string by bytes."""
     items = go_bytes(value) if isinstance(value, str) else value
@@ -2224,28 +1928,11 @@ def go_slice(value: Any, *indexes: Any) -> Any:
     return go_text(part) if isinstance(part, bytes) else part
 
 
-@template_function("len", "any")
 def go_len(value: Any) -> int:
     """Return a length, of a string in bytes."""
     if go_kind(value) not in ("slice", "map", "string"):
         raise TemplateError(f"len of type {go_type(value)}")
     return len(go_bytes(value)) if isinstance(value, str) else len(value)
-
-
-def go_plain(run: Rendering, values: Sequence[Any]) -> str:
-    """Return what html, js and urlquery escape."""
-    return go_print(run, *("<no value>" if value is None else value for value in values))
-
-
-@template_function("js", "any...")
-def go_js(run: Rendering, *values: Any) -> str:
-    """Escape for a string of JavaScript."""
-    def escape(match: "re.Match[str]") -> str:
-        char = match.group()
-        if char in JS_ESCAPES or (char > "~" and char.isprintable()):
-            return JS_ESCAPES.get(char, char)
-        return f"\\u{ord(char):04X}"
-    return re.sub(r"[^ !#-%(-;?-\[\]-~]", escape, go_plain(run, values))
 
 
 def go_string(run: Rendering, value: Any) -> str:
@@ -2277,119 +1964,83 @@ def go_int(value: Any) -> int:
     return go_int64(value) if isinstance(value, int) else 0
 
 
-def go_float(value: Any) -> float:
-    """Return any value as a floating point number, 0 if it is none."""
-    if isinstance(value, str):
-        number = re.fullmatch(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?", value[:400])
-        return float(value[:400]) if number else 0.0
-    return float(go_int64(value) if isinstance(value, int) else value) \
-        if isinstance(value, (int, float)) else 0.0
-
-
-def go_divide(first: Any, second: Any) -> Tuple[int, int]:
-    """Return quotient and remainder, the quotient cut toward zero."""
+def go_divide(first: Any, second: Any) -> int:
+    """Return a quotient, cut toward zero."""
     dividend, divisor = go_int(first), go_int(second)
     if not divisor:
         raise TemplateError("integer divide by zero")
-    quotient = abs(dividend) // abs(divisor) * (1 if (dividend < 0) == (divisor < 0) else -1)
-    return go_int64(quotient), dividend - quotient * divisor
+    quotient = abs(dividend) // abs(divisor)
+    return go_int64(quotient if (dividend < 0) == (divisor < 0) else -quotient)
 
 
-@template_function("until", "int")
 def go_until(run: Rendering, count: int) -> List[int]:
     """Count from 0 to a number, without it."""
     run.spend(abs(count))
     return list(range(0, count, 1 if count >= 0 else -1))
 
 
-@template_function("repeat", "int string")
 def go_repeat(run: Rendering, count: int, text: str) -> str:
     """Repeat a text."""
     if count < 0:
         raise TemplateError("negative repeat count")
-    run.produce(count * len(text))
+    run.spend(count * len(text), "text")
     return text * count
 
 
-@template_function("replace", "string string string")
 def go_replace(run: Rendering, old: str, new: str, text: str) -> str:
     """Replace a text within another everywhere."""
-    if len(new) > len(old):
-        run.produce(text.count(old) * (len(new) - len(old)))
+    run.spend(text.count(old) * len(new), "text")
     return text.replace(old, new)
 
 
-@template_function("indent", "int string")
 def go_indent(run: Rendering, count: int, text: str) -> str:
     """Put spaces before each line."""
     pad = go_repeat(run, count, " ")
     return pad + go_replace(run, "\n", "\n" + pad, text)
 
 
-@template_function("substr", "int int string")
-def go_substr(start: int, end: int, text: str) -> str:
-    """Return the bytes from start to end, of which one may be open."""
-    data = go_bytes(text)
-    end = len(data) if start >= 0 and not 0 <= end <= len(data) else end
-    if not max(start, 0) <= end <= len(data):
-        raise TemplateError("substr: index out of range")
-    return go_text(data[max(start, 0):end])
-
-
-@template_function("wrap", "int string")
-def go_wrap(width: int, text: str) -> str:
-    """Break lines at spaces, so that none is longer than so many bytes if that can be."""
-    data, lines, place, width = go_bytes(text), [], 0, max(width, 1)
-    while len(data) - place > width:
-        if data[place] == 0x20:
-            place += 1
-            continue
-        space = data.rfind(b" ", place, place + width + 1)
-        space = space if space >= 0 else data.find(b" ", place + width)
-        if space < 0:
-            break
-        lines.append(data[place:space])
-        place = space + 1
-    return go_text(b"\n".join([*lines, data[place:]]))
-
-
-def go_upper(text: str) -> str:
-    """Return text in capitals, each character for itself."""
-    if text.isascii():
-        return text.upper()
-    return "".join(char.upper() if len(char.upper()) == 1 else char for char in text)
-
-
-@template_function("splitList", "string string")
 def go_split(run: Rendering, separator: str, text: str) -> List[str]:
     """Return the parts of a text."""
     run.spend(text.count(separator) >> ELEMENT_STEP)
     return text.split(separator) if separator else list(text)
 
 
-@template_function("join", "string any")
 def go_join(run: Rendering, separator: str, values: Any) -> str:
     """Put texts together, a separator between them."""
     parts = go_strings(run, values)
-    run.produce(len(parts) * len(separator))
+    run.spend(len(parts) * len(separator), "text")
     return separator.join(parts)
 
 
-@template_function("toJson", "any")
-def go_to_json(run: Rendering, value: Any, step: str = "") -> str:
-    """Return a value as JSON, nothing if it has none."""
-    pieces = []
+def json_value(run: Rendering, value: Any, depth: int = 0) -> Any:
+    """Return a value of what Python's json knows, map keys in order; count what it will write."""
+    if depth > MAX_VALUE_DEPTH:
+        raise TemplateError("a value holds itself, or too many in each other")
+    run.spend(1)
+    run.spend(2 * depth + (len(value) if isinstance(value, str) else 8), "text")
+    if isinstance(value, dict):
+        keys = sorted(value) if go_kind(value) == "map" else value
+        return {json_value(run, key): json_value(run, value[key], depth + 1) for key in keys}
+    if go_kind(value) == "slice":
+        return [json_value(run, element, depth + 1) for element in value]
+    if isinstance(value, GoTime):
+        return format_time(value.moment, RFC3339_NANO)
+    if isinstance(value, str):
+        return re.sub("[\ud800-\udfff]", "\ufffd", value)
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 1e21 \
+        else value
+
+
+def go_to_json(run: Rendering, value: Any, step: Optional[int] = None) -> str:
+    """Return a value as JSON, markup escaped; nothing if it has none."""
+    plain, marks = json_value(run, value), (",", ":" if step is None else ": ")
     try:
-        for piece in go_json(value, step):
-            run.spend(1)
-            run.produce(len(piece))
-            pieces.append(piece)
-    except ValueError:
+        text = json.dumps(plain, ensure_ascii=False, allow_nan=False, indent=step, separators=marks)
+    except ValueError:                            # infinity, say
         return ""
-    return "".join(pieces)
+    return re.sub("[<>&\u2028\u2029]", lambda match: f"\\u{ord(match.group()):04x}", text)
 
 
-@template_function("fromJson", "string")
 def go_from_json(run: Rendering, text: str) -> Any:
     """Return the value of a JSON text, nil if it is none."""
     run.spend(len(text) >> ELEMENT_STEP)
@@ -2399,7 +2050,6 @@ def go_from_json(run: Rendering, text: str) -> Any:
         return None
 
 
-@template_function("b64dec", "string")
 def go_b64dec(text: str) -> str:
     """Decode base64; say so if it is none."""
     try:
@@ -2408,44 +2058,23 @@ def go_b64dec(text: str) -> str:
         return "illegal base64 data"
 
 
-@template_function("dateInZone", "string any string")
-def go_date(run: Rendering, layout: str, value: Any, zone: str = "Local") -> str:
+def go_date(run: Rendering, layout: str, value: Any) -> str:
     """Format a time, or seconds since 1970; what is neither stands for now."""
-    found = run.world.zones(zone) or datetime.timezone.utc
+    zone = run.world.zones("Local") or datetime.timezone.utc
     try:
         moment = GO_EPOCH + datetime.timedelta(seconds=value) if go_kind(value) == "int" else \
             value.moment if isinstance(value, GoTime) else run.world.now()
-        return format_time(moment.astimezone(found), layout)
+        return format_time(moment.astimezone(zone), layout)
     except OverflowError:
         raise TemplateError("the time is out of range") from None
 
 
-@template_function("regexFindAll", "string string int")
-def go_regex_find(run: Rendering, pattern: str, text: str, count: int = 1) -> List[str]:
-    """Return what a pattern matches, at most so many if the count is not negative."""
-    found = go_regex(pattern).find_all(run, text)
-    return [text[at[0]:at[1]] for at in itertools.islice(found, count if count >= 0 else None)]
-
-
-@template_function("regexReplaceAll", "string string string")
-def go_regex_replace(run: Rendering, pattern: str, text: str, template: str) -> str:
-    """Replace what a pattern matches; $1 stands for the first group."""
-    regex, end, out = go_regex(pattern), 0, []
-    for found in regex.find_all(run, text):
-        out += [text[end:found[0]], regex.expand(text, found, template)]
-        run.produce(len(out[-1]))
-        end = found[1]
-    return "".join(out) + text[end:]
-
-
-@template_function("dict", "any...")
 def go_dict(run: Rendering, *values: Any) -> GoMap:
     """Make a map of keys and values."""
     keys = [go_string(run, key) for key in values[::2]]
     return GoMap(itertools.zip_longest(keys, values[1::2], fillvalue=""))
 
 
-@template_function("set", "map string any")
 def go_set(target: Dict[str, Any], key: str, value: Any) -> Dict[str, Any]:
     """Change a map that the template made."""
     if not isinstance(target, GoMap):
@@ -2454,141 +2083,108 @@ def go_set(target: Dict[str, Any], key: str, value: Any) -> Dict[str, Any]:
     return target
 
 
-@template_function("unset", "map string")
-def go_unset(target: Dict[str, Any], key: str) -> Dict[str, Any]:
-    """Remove a key from a map that the template made."""
-    go_set(target, key, None).pop(key)
-    return target
-
-
-def go_identity(run: Rendering, value: Any) -> str:
-    """Return a text that is the same for values of the same kind and content."""
-    return go_kind(value) + go_to_json(run, value)
-
-
-@template_function("uniq", "list")
-def go_uniq(run: Rendering, values: Sequence[Any]) -> List[Any]:
-    """Return each element once."""
-    found: Dict[str, Any] = {}
-    for value in values:
-        found.setdefault(go_identity(run, value), value)
-    return list(found.values())
-
-
-@template_function("fail", "string")
 def go_fail(reason: str) -> NoReturn:
     """Stop with an error."""
     raise TemplateError(reason)
 
 
-PLAIN_FUNCTIONS: Dict[str, Tuple[str, Callable[..., Any]]] = {
+def go_function(kinds: str, call: Callable[..., Any]) -> GoFunction:
+    """Describe a function by the kinds of its arguments; `any...` stands for any number more."""
+    names = call.__code__.co_varnames if isinstance(call, types.FunctionType) else ()
+    return GoFunction(call, tuple(kinds.replace("...", "").split()), "..." in kinds,
+                      names[:1] == ("run",))
+
+
+FUNCTION_TABLE: Dict[str, Tuple[str, Callable[..., Any]]] = {
     "and": ("any...", go_fail), "or": ("any...", go_fail),      # Rendering.decide stands for them
     "not": ("any", lambda value: not go_truth(value)),
     "eq": ("any any any...", lambda first, *others: any(go_equal(first, v) for v in others)),
-    "ne": ("any any", lambda a, b: not go_equal(a, b)),
-    "lt": ("any any", go_less),
+    "ne": ("any any", lambda a, b: not go_equal(a, b)), "lt": ("any any", go_less),
     "le": ("any any", lambda a, b: not go_less(b, a)),
     "gt": ("any any", lambda a, b: go_less(b, a)),
-    "ge": ("any any", lambda a, b: not go_less(a, b)),
-    "print": ("any...", go_print),
-    "printf": ("string any...", go_sprintf),
+    "ge": ("any any", lambda a, b: not go_less(a, b)), "len": ("any", go_len),
+    "index": ("any any...", go_index), "slice": ("any any...", go_slice),
+    "print": ("any...", go_print), "printf": ("string any...", go_sprintf),
     "println": ("any...", lambda run, *given: " ".join(
         go_format(run, GoFormat(), value) for value in given) + "\n"),
-    "html": ("any...", lambda run, *given: functools.reduce(
-        lambda text, pair: text.replace(*pair), HTML_ESCAPES, go_plain(run, given))),
+    "html": ("any...", lambda run, *given: go_print(run, *given).translate(HTML_ESCAPES)),
+    "js": ("any...", lambda run, *given: go_print(run, *given).translate(JS_ESCAPES)),
     "urlquery": ("any...", lambda run, *given: urllib.parse.quote_plus(
-        go_bytes(go_plain(run, given)))),
+        go_bytes(go_print(run, *given)))),
+    "env": ("string", lambda run, name: run.world.env.get(name, "")),
     "default": ("any any...", lambda other, *given: next(filter(go_truth, given[:1]), other)),
     "empty": ("any", lambda value: not go_truth(value)),
     "coalesce": ("any...", lambda *given: next(filter(go_truth, given), None)),
     "ternary": ("any any bool", lambda yes, no, test: yes if test else no),
-    "env": ("string", lambda run, name: run.world.env.get(name, "")),
-    "trim": ("string", lambda s: s.strip(GO_SPACES)),
+    "fail": ("string", go_fail), "trim": ("string", str.strip),
     "trimAll": ("string string", lambda chars, s: s.strip(chars)),
     "trimSuffix": ("string string", lambda end, s: s[:len(s) - len(end)] if s.endswith(end) else s),
     "trimPrefix": ("string string", lambda start, s: s[len(start):] if s.startswith(start) else s),
-    "nospace": ("string", lambda s: s.translate(dict.fromkeys(map(ord, GO_SPACES)))),
-    "upper": ("string", go_upper),
+    "nospace": ("string", lambda s: "".join(s.split())), "upper": ("string", str.upper),
     "lower": ("string", str.lower),
-    "title": ("string", lambda s: WORD_START.sub(lambda match: go_upper(match.group()), s)),
-    "untitle": ("string", lambda s: re.sub(r"(?<!\S)\w", lambda match: match.group().lower(), s)),
+    "title": ("string", lambda s: WORD_START.sub(lambda match: match.group().upper(), s)),
     "contains": ("string string", lambda part, s: part in s),
     "hasPrefix": ("string string", lambda start, s: s.startswith(start)),
     "hasSuffix": ("string string", lambda end, s: s.endswith(end)),
+    "replace": ("string string string", go_replace), "repeat": ("int string", go_repeat),
     "trunc": ("int string", lambda count, s: go_text(
         go_bytes(s)[:count] if count >= 0 else go_bytes(s)[count:])),
+    "indent": ("int string", go_indent),
     "nindent": ("int string", lambda run, count, s: "\n" + go_indent(run, count, s)),
+    "splitList": ("string string", go_split),
     "split": ("string string", lambda run, separator, s: GoMap(
         (f"_{index}", part) for index, part in enumerate(go_split(run, separator, s)))),
+    "join": ("string any", go_join),
+    "cat": ("any...", lambda run, *given: " ".join(go_strings(run, given))),
     "quote": ("any...", lambda run, *given: " ".join(map(go_quote, go_strings(run, given)))),
     "squote": ("any...", lambda run, *given: " ".join(f"'{s}'" for s in go_strings(run, given))),
-    "cat": ("any...", lambda run, *given: " ".join(go_strings(run, given))),
-    "toString": ("any", go_string),
-    "toPrettyJson": ("any", lambda run, value: go_to_json(run, value, "  ")),
-    "b64enc": ("string", lambda s: base64.b64encode(go_bytes(s)).decode()),
-    "sha256sum": ("string", lambda s: hashlib.sha256(go_bytes(s)).hexdigest()),
-    "now": ("", lambda run: GoTime(run.world.now())),
-    "uuidv4": ("", lambda run: run.world.uuid()),
-    "date": ("string any", go_date),
-    "htmlDate": ("any", lambda run, time: go_date(run, "2006-01-02", time)),
-    "unixEpoch": ("time", lambda time:
-                  str((time.moment - GO_EPOCH) // datetime.timedelta(seconds=1))),
     "regexMatch": ("string string", lambda run, pattern, s:
-                   go_regex(pattern).search(run, s, 0) is not None),
-    "regexFind": ("string string", lambda run, pattern, s: "".join(go_regex_find(run, pattern, s))),
+                   go_regex(run, pattern, s).search(s) is not None),
+    "regexFind": ("string string", go_regex_find),
+    "regexReplaceAll": ("string string string", go_regex_replace), "toString": ("any", go_string),
+    "toJson": ("any", lambda run, value: go_to_json(run, value)),
+    "toPrettyJson": ("any", lambda run, value: go_to_json(run, value, 2)),
+    "fromJson": ("string", go_from_json),
+    "b64enc": ("string", lambda s: base64.b64encode(go_bytes(s)).decode()),
+    "b64dec": ("string", go_b64dec),
+    "sha256sum": ("string", lambda s: hashlib.sha256(go_bytes(s)).hexdigest()),
+    "now": ("", lambda run: GoTime(run.world.now())), "uuidv4": ("", lambda run: run.world.uuid()),
+    "date": ("string any", go_date),
+    "unixEpoch": ("time.Time", lambda time: str((time.moment - GO_EPOCH) // SECOND)),
     "list": ("any...", lambda *values: list(values)),
-    "first": ("list", lambda values: values[0] if values else None),
-    "last": ("list", lambda values: values[-1] if values else None),
-    "rest": ("list", lambda values: list(values[1:])),
-    "initial": ("list", lambda values: list(values[:-1])),
-    "append": ("list any", lambda values, value: [*values, value]),
-    "prepend": ("list any", lambda values, value: [value, *values]),
-    "reverse": ("list", lambda values: list(values[::-1])),
-    "sortAlpha": ("any", lambda run, values: sorted(go_strings(run, values))),
-    "has": ("any list", lambda run, needle, values:
-            go_identity(run, needle) in (go_identity(run, value) for value in values)),
+    "first": ("slice", lambda values: values[0] if values else None),
+    "last": ("slice", lambda values: values[-1] if values else None),
+    "rest": ("slice", lambda values: list(values[1:])),
+    "uniq": ("slice", lambda run, values: list(
+        {go_to_json(run, value): value for value in values[::-1]}.values())[::-1]),
+    "has": ("any slice", lambda run, needle, values:
+            go_to_json(run, needle) in (go_to_json(run, value) for value in values)),
+    "until": ("int", go_until), "dict": ("any...", go_dict),
     "get": ("map string", lambda values, key: values.get(key, "")),
-    "hasKey": ("map string", lambda values, key: key in values),
-    "keys": ("map", sorted),
-    "add": ("any...", lambda *values: go_int64(sum(map(go_int, values)))),
-    "add1": ("any", lambda value: go_int64(go_int(value) + 1)),
+    "set": ("map string any", go_set), "hasKey": ("map string", lambda values, key: key in values),
+    "keys": ("map", sorted), "add": ("any...", lambda *values: go_int64(sum(map(go_int, values)))),
     "sub": ("any any", lambda a, b: go_int64(go_int(a) - go_int(b))),
     "mul": ("any any...", lambda *values: functools.reduce(
         lambda product, value: go_int64(product * go_int(value)), values, 1)),
-    "div": ("any any", lambda a, b: go_divide(a, b)[0]),
-    "mod": ("any any", lambda a, b: go_divide(a, b)[1]),
-    "max": ("any any...", lambda *values: max(map(go_int, values))),
-    "min": ("any any...", lambda *values: min(map(go_int, values))),
-    "int": ("any", go_int),
-    "int64": ("any", go_int),
-    "float64": ("any", go_float),
-    "atoi": ("string", lambda s: max(GO_INTS[0], min(int(s), GO_INTS[-1]))
-             if re.fullmatch("[+-]?[0-9]{1,30}", s) else 0),
-    "kindOf": ("any", go_kind),
-    "typeOf": ("any", go_type)}
-TEMPLATE_FUNCTIONS.update((name, go_function(*plain)) for name, plain in PLAIN_FUNCTIONS.items())
+    "div": ("any any", go_divide),
+    "mod": ("any any", lambda a, b: go_int(a) - go_divide(a, b) * go_int(b)),
+    "int": ("any", go_int)}
+TEMPLATE_FUNCTIONS: Dict[str, GoFunction] = {name: go_function(*row)
+                                             for name, row in FUNCTION_TABLE.items()}
 TIME_METHODS: Dict[str, Tuple[str, Callable[..., Any]]] = {
     "Format": ("string", lambda time, layout: format_time(time.moment, layout)),
-    "String": ("", lambda time: format_time(time.moment, GO_STRING)),
     "UTC": ("", lambda time: GoTime(time.moment.astimezone(datetime.timezone.utc))),
     "Local": ("", lambda run, time: GoTime(time.moment.astimezone(
         run.world.zones("Local") or datetime.timezone.utc))),
-    "Unix": ("", lambda time: (time.moment - GO_EPOCH) // datetime.timedelta(seconds=1)),
-    "UnixMilli": ("", lambda time: (time.moment - GO_EPOCH) // datetime.timedelta(milliseconds=1)),
-    "Year": ("", lambda time: time.moment.year),
+    "Unix": ("", lambda time: (time.moment - GO_EPOCH) // SECOND),
+    "UnixMilli": ("", lambda time: (time.moment - GO_EPOCH) // MILLISECOND),
     "Month": ("", lambda time: GoMonth(time.moment.month)),
-    "Day": ("", lambda time: time.moment.day),
-    "YearDay": ("", lambda time: time.moment.timetuple().tm_yday),
     "Weekday": ("", lambda time: GoWeekday(time.moment.isoweekday() % 7)),
-    "Hour": ("", lambda time: time.moment.hour),
-    "Minute": ("", lambda time: time.moment.minute),
-    "Second": ("", lambda time: time.moment.second),
-    "Nanosecond": ("", lambda time: time.moment.microsecond * 1000),
-    "Before": ("time", lambda time, other: time.moment < other.moment),
-    "After": ("time", lambda time, other: time.moment > other.moment),
-    "Equal": ("time", lambda time, other: time.moment == other.moment)}
+    "Year": ("", lambda time: time.moment.year), "Day": ("", lambda time: time.moment.day),
+    "Hour": ("", lambda time: time.moment.hour), "Minute": ("", lambda time: time.moment.minute),
+    "Second": ("", lambda time: time.moment.second)}
 GO_METHODS: Dict[type, Dict[str, GoFunction]] = {
-    GoTime: {name: go_function(*method) for name, method in TIME_METHODS.items()},
+    GoTime: {name: go_function(*row) for name, row in TIME_METHODS.items()},
     GoHeader: {"Get": go_function("string", lambda header, name:
                                   (header.get(canonical_name(name)) or [""])[0])}}
 
