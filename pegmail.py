@@ -6972,7 +6972,7 @@ def forward_fields(store: Store, message: Message, key: str) -> Dict[str, Any]:
     return {
         "ID": key, "Timestamp": GoTime(moment.astimezone()), "Sender": message.sender,
         "Recipients": message.recipients.split("\n"), "Data": text,
-        "Body": decode_text(data[length:].replace(b"\r\n", b"\n")[1:]),
+        "Body": decode_text(data[length:].replace(b"\r\n", b"\n").removeprefix(b"\n")),
         "Header": go_header(fields), "Subject": message.subject,
         "From": decode_words(first_field(fields, "from")),
         "To": decode_words(first_field(fields, "to")), "Text": parts.text, "HTML": parts.html,
@@ -7108,7 +7108,7 @@ class Composer:
         """Return the JSON object that is sent when there is no template."""
         raw = self.store.raw(message.id)
         data = raw.read(0, raw.size)
-        body = data[header_length(data):].replace(b"\r\n", b"\n")[1:]
+        body = data[header_length(data):].replace(b"\r\n", b"\n").removeprefix(b"\n")
         return json_text({
             "id": key, "timestamp": rfc3339(message.received), "sender": message.sender,
             "recipients": message.recipients.split("\n"), "body": decode_text(body),
