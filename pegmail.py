@@ -8138,8 +8138,12 @@ def retry_after(headers: Any) -> float:
 
 
 def check_outgoing(settings: Settings) -> None:
-    """Try all templates and read the certificates to trust. Raises SettingsError."""
+    """Try all templates, the secret and the certificates to trust. Raises SettingsError."""
     web_context(settings)
+    try:
+        sign(settings.forward_secret or "", "", 0, b"")
+    except ValueError:
+        raise SettingsError("--forward_secret: needs base64 behind whsec_", 2) from None
     for text, option in [(settings.template or "", "--template")] + [
             (value, "--header") for _, value in settings.header] + [
             (url, option) for _, url, option in web_targets(settings)]:
