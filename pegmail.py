@@ -6893,6 +6893,7 @@ class WebClient:
         self.door, self.context, self.seconds = door, context, seconds
         self.place: Any = None
         self.connection: Optional[WebConnection] = None
+        self.aborted = False
 
     def close(self) -> None:
         """Let go of the connection."""
@@ -6902,6 +6903,7 @@ class WebClient:
 
     def abort(self) -> None:
         """End a request that takes too long."""
+        self.aborted = True
         sock = self.connection.sock if self.connection else None
         if sock is not None:
             with contextlib.suppress(OSError):
@@ -6910,6 +6912,7 @@ class WebClient:
     def request(self, method: str, url: str, headers: Dict[str, str], body: bytes = b"",
                 ) -> WebAnswer:
         """Send a request; return the answer. Raises OSError, also for a URL that is none."""
+        self.aborted = False
         try:
             parts = urllib.parse.urlsplit(url)
             scheme, host = parts.scheme.lower(), parts.hostname or ""
@@ -6955,6 +6958,8 @@ class WebClient:
         answer = connection.getresponse()
         if len(answer.read(MAX_ANSWER)) == MAX_ANSWER or answer.will_close:
             self.close()
+        if self.aborted:                # a header that is cut off is none to http.client
+            raise TimeoutError("the answer took too long")
         return WebAnswer(answer.status, answer.headers)
 
 
