@@ -6570,6 +6570,7 @@ class WebClient:
         self.door, self.context, self.seconds = door, context, seconds
         self.place: Any = None
         self.connection: Optional[WebConnection] = None
+        self.aborted = False
 
     def close(self) -> None:
         """Let go of the connection."""
@@ -6579,7 +6580,7 @@ class WebClient:
 
     def abort(self) -> None:
         """End a request that takes too long."""
-        connection = self.connection
+        self.aborted, connection = True, self.connection
         if connection is not None:
             with contextlib.suppress(OSError):
                 connection.sock.shutdown(socket.SHUT_RDWR)
@@ -6587,6 +6588,7 @@ class WebClient:
     def request(self, method: str, url: str, headers: Dict[str, str], body: Optional[bytes] = None,
                 ) -> WebAnswer:
         """Send a request; return the answer. Raises OSError, Forbidden for a URL that is none."""
+        self.aborted = False
         place, path, secret = split_url(url)
         if secret:
             headers = {"Authorization": secret, **headers}
@@ -6604,6 +6606,8 @@ class WebClient:
                 return answer
             except BaseException as error:
                 self.close()
+                if self.aborted:
+                    raise TimeoutError("the answer took too long") from None
                 if not kept or not isinstance(error, ConnectionError):
                     raise               # else it was closed while nobody used it
 
@@ -7846,12 +7850,12 @@ def retry_after(headers: Dict[str, str]) -> float:
 
 
 def check_outgoing(settings: Settings) -> None:
-    """Try all templates and read the certificates to trust. Raises SettingsError."""
+    """Try all templates, the secret and the certificates to trust. Raises SettingsError."""
     web_context(settings)
     try:
         sign(settings.forward_secret or "", "", 0, b"")
     except ValueError:
-        raise SettingsError("--forward_secret: what follows whsec_ is not base64", 2) from None
+        raise SettingsError("--forward_secret: needs base64 behind whsec_", 2) from None
     for text, option in [(settings.template or "", "--template")] + [
             (value, "--header") for _, value in settings.header] + [
             (url, option) for _, url, option in web_targets(settings)]:

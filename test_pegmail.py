@@ -18,12 +18,14 @@ import ctypes
 import email
 import email.message
 import email.policy
+import email.utils
 import encodings.aliases
 import errno
 import functools
 import gc
 import gzip
 import hashlib
+import hmac
 import http.client
 import http.server
 import io
@@ -279,7 +281,7 @@ class Wire:
         stuffed = re.sub(rb"(?m)^\.", b"..", message)
         self.send(stuffed + (b"" if stuffed.endswith(b"\r\n") else b"\r\n") + b".\r\n")
         reply = self.reply()
-        match = re.fullmatch(r"250 2\.0\.0 Kept as (\d+)", reply)
+        match = re.fullmatch(r"250 2\.0\.0 (?:Kept|OK: queued) as (\d+)", reply)
         if not match:
             raise AssertionError(f"content: {reply}")
         return int(match.group(1))
@@ -6661,6 +6663,667 @@ class SmtpSourceTest(ClientCase):
                           "-t", "b@c.example", f"127.0.0.1:{self.server.lmtp_port}")
         self.assertEqual(len(items), 50)
         self.assertIn(b" with LMTP", self.received(items[0])[1])
+
+
+# -- Forwarding: real web servers to POST to --
+
+class Post(collections.namedtuple("Post", "method path headers body time")):
+    """A request that a Target was sent."""
+
+    @property
+    def json(self):
+        """The body as JSON, read strictly."""
+        return json.loads(self.body.decode("utf-8"), parse_constant=int)
+
+
+class Target(http.server.ThreadingHTTPServer):
+    """A web server that plays its answers one after another, and the last one on and on.
+
+    An answer is a status, (status, header), the bytes to say before it hangs up, None to hang up
+    at once, or a function of the handler that returns one of these.
+    """
+
+    daemon_threads = False
+    request_queue_size = 100
+
+    def __init__(self, *answers, context=None):
+        super().__init__(("127.0.0.1", 0), TargetHandler)
+        self.answers, self.posts, self.open = list(answers or [200]), [], set()
+        self.connections, self.context, self.over = 0, context, threading.Event()
+        self.lock = threading.Lock()
+        self.url = "http{}://localhost:{}/hook".format("s" if context else "", self.server_port)
+        self.thread = threading.Thread(target=self.serve_forever, args=(0.02,))
+        self.thread.start()
+
+    def close(self):
+        """End it, and its connections."""
+        self.over.set()
+        self.shutdown()
+        self.thread.join()
+        for sock in list(self.open):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        self.server_close()
+
+    def finish_request(self, request, client_address):
+        """Serve a connection."""
+        with contextlib.ExitStack() as stack:
+            if self.context:
+                request = stack.enter_context(self.context.wrap_socket(request, server_side=True))
+            self.connections += 1
+            self.open.add(request)
+            stack.callback(self.open.discard, request)
+            super().finish_request(request, client_address)
+
+    def handle_error(self, request, client_address):
+        """Say nothing: clients may go as they like."""
+
+    def next_answer(self):
+        """Return the next answer."""
+        with self.lock:
+            return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+
+    def subjects(self):
+        """Return the subjects of the messages that came, in order."""
+        return [post.json["subject"] for post in list(self.posts)]
+
+
+class TargetHandler(http.server.BaseHTTPRequestHandler):
+    """One connection to a Target."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        """Say nothing."""
+
+    def do_POST(self):
+        """Note a request and answer it."""
+        body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        self.server.posts.append(Post(self.command, self.path, self.headers, body,
+                                      time.monotonic()))
+        answer = self.server.next_answer()
+        if callable(answer):
+            answer = answer(self)
+        if answer is None or isinstance(answer, bytes):
+            self.wfile.write(answer or b"")
+            self.close_connection = True
+            return
+        status, fields = answer if isinstance(answer, tuple) else (answer, {})
+        self.send_response(status)
+        for name, value in fields.items():
+            self.send_header(name, value)
+        if status != 204:
+            self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_POST
+
+    def do_CONNECT(self):
+        """Pass bytes on, to the port of this host whatever the name."""
+        self.server.posts.append(Post(self.command, self.path, self.headers, b"",
+                                      time.monotonic()))
+        self.send_response(200)
+        self.end_headers()
+        self.close_connection = True
+        port = int(self.path.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port), DEADLINE) as other:
+            ways = {self.connection: other, other: self.connection}
+            while not self.server.over.is_set():
+                for sock in select.select(list(ways), [], [], 0.02)[0]:
+                    data = sock.recv(65536)
+                    if not data:
+                        return
+                    ways[sock].sendall(data)
+
+
+def hang(handler):
+    """An answer that never comes."""
+    handler.server.over.wait(DEADLINE)
+
+
+def drip(handler):
+    """An answer that comes byte by byte and has no end."""
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+    while not handler.server.over.wait(0.1):
+        handler.wfile.write(b"x")
+
+
+def close_silently(handler):
+    """An answer after which the connection is closed, against what it says."""
+    handler.close_connection = True
+    return 200
+
+
+class ForwardCase(unittest.TestCase):
+    """Tests with a server of their own, and targets that it forwards to."""
+
+    def target(self, *answers, **options):
+        """Return a new Target."""
+        target = Target(*answers, **options)
+        self.addCleanup(target.close)
+        return target
+
+    def certificate(self):
+        """Return a certificate for localhost, and a context with it."""
+        certificate = Certificate()
+        self.addCleanup(certificate.remove)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate.cert, certificate.key)
+        return certificate, context
+
+    def new_folder(self):
+        """Return a new folder."""
+        folder = memory_folder()
+        self.addCleanup(shutil.rmtree, folder)
+        return folder
+
+    def run_server(self, *options, folder=None, environ=None):
+        """Return a running server that tries again after a second."""
+        words = [str(option) for option in options]
+        if "--retry_first" not in words:
+            words += ["--retry_first", "1"]
+        server = Running(*words, folder=folder or self.new_folder(),
+                         environ={"no_proxy": "", "http_proxy": "", "https_proxy": "",
+                                  **(environ or {})})
+        self.addCleanup(self.end, server)
+        return server.start()
+
+    def end(self, server):
+        """End a server; nothing it said may be a bug."""
+        text = server.text()
+        server.__exit__()
+        self.assertNotIn("Traceback", text)
+
+    def forward_to(self, *targets):
+        """Return the options for several targets."""
+        return [word for target in targets
+                for word in ("--forward_to", target if isinstance(target, str) else target.url)]
+
+    def entries(self, server, **query):
+        """Return the deliveries."""
+        return server.get("/outbox?" + urllib.parse.urlencode({"count": 1000, **query}))["items"]
+
+    def wait_for_state(self, server, state, count=1, **query):
+        """Wait until so many deliveries are in a state; return them."""
+        return until(lambda: (lambda found: found if len(found) >= count else None)(
+            self.entries(server, state=state, **query)), f"{count} deliveries {state}")
+
+    def wait_for_posts(self, target, count=1):
+        """Wait until a target has had so many requests; return them."""
+        until(lambda: len(target.posts) >= count, f"{count} requests")
+        return list(target.posts)
+
+
+class PigeonTest(ForwardCase):
+    """What smtp-pigeon's README shows, and its payload."""
+
+    def test_the_example(self):
+        target, port = self.target(), free_port()
+        server = self.run_server("--url", target.url, "--header", "Authorization: Bearer my_token",
+                                 "--header", "MyService-Node: box", "--host", "0.0.0.0",
+                                 "--port", port, "--domain", "localhost")
+        with server.connect(port, greeting=False) as wire:
+            wire.send(NETCAT_MAIL)
+            wire.socket.shutdown(socket.SHUT_WR)
+            lines = wire.rest().decode().split("\r\n")
+        gordon, eli, isaac = (name + "@blackmesa.example" for name in ("gordon", "eli", "isaac"))
+        self.assertEqual(lines[0], "220 localhost ESMTP Service Ready")
+        self.assertEqual(lines[1], "250-Hello localhost")
+        self.assertRegex(lines[-7], r"250 SIZE \d+")
+        self.assertEqual(lines[-6:-1], [
+            f"250 2.0.0 Roger, accepting mail from <{gordon}>",
+            f"250 2.0.0 I'll make sure <{eli}> gets this",
+            f"250 2.0.0 I'll make sure <{isaac}> gets this",
+            "354 2.0.0 Go ahead. End your data with <CR><LF>.<CR><LF>",
+            "250 2.0.0 OK: queued as 1"])
+        post, = self.wait_for_posts(target)
+        self.assertEqual(list(post.json), ["id", "timestamp", "sender", "recipients", "body",
+                                           "subject"])
+        ident = post.json["id"]
+        self.assertRegex(ident, r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
+        self.assertRegex(post.json["timestamp"], r"^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ$")
+        self.assertEqual({**post.json, "id": 0, "timestamp": 0}, {
+            "id": 0, "timestamp": 0, "sender": gordon, "recipients": [eli, isaac],
+            "body": "hey guys running l8 2day\non the tram now\ncu soon\n",
+            "subject": "ON MY WAY"})
+        for name, value in (("Content-Type", "application/json"), ("MyService-Node", "box"),
+                            ("Authorization", "Bearer my_token"), ("Idempotency-Key", ident),
+                            ("webhook-id", ident)):
+            self.assertEqual(post.headers.get_all(name), [value])
+        until(lambda: "Session reset after POST" in server.text(), "the log")
+        text = server.text()
+        pattern = "".join(rf"{word}\n(?:.*\n)*?" for word in (
+            f"{ident}: New session", f"{ident}: MAIL: {gordon}", f"{ident}: RCPT: {eli}",
+            f"{ident}: RCPT: {isaac}", rf"{ident}: DATA: \[redacted \(\d+ bytes\)\]"))
+        self.assertRegex(text, pattern)
+        self.assertRegex(text, rf"{ident}: POST returned status: 200\n.*{ident}: Session reset")
+        self.assertRegex(text, r"[0-9a-f-]{36}: Session logout without POST")
+        self.assertEqual(text.count(": New session"), 2)
+        self.assertNotIn("running l8", text)
+        self.assertNotIn("my_token", text)
+
+    def test_always_json(self):
+        """Whatever the message holds; the log stays whole too."""
+        target = self.target()
+        server = self.run_server("--url", target.url, "--standalone_logging")
+        head = b"Subject: x\r\n\r\n"
+        table = (
+            (head + b"plain \x00 nul\r\n", "x", "plain \0 nul\n"),
+            (head + b"\xff\xfe\x80\r\n", "x", None), (head, "x", ""),
+            (head + "\u00fc \u2028 \U0001f600\r\n".encode(), "x", "\u00fc \u2028 \U0001f600\n"),
+            (head + b"\xed\xa0\x80 lone\r\n", "x", None),
+            (head + b"\x01\x1b[31m\"\\/\x7f\r\n", "x", "\x01\x1b[31m\"\\/\x7f\n"),
+            (head + b"y" * 1000000 + b"\r\n", "x", "y" * 1000000 + "\n"),
+            (b"Subject: =?utf-16?B?2AA=?= =?utf-7?Q?+2AA-?=\r\n\r\nb\r\n", None, "b\n"),
+            (b"Subject: a\x00\x07\xff\r\n\r\nb\r\n", None, "b\n"),
+            (b"no header at all\r\nnor here\r\n", "", "no header at all\nnor here\n"),
+            (b"Subject: only a header\r\n", "only a header", ""),
+            (b"\r\nonly a body\r\n", "", "only a body\n"),
+            (head + b"a\nb\r\r\nc\r\n", "x", None))
+        for number, (message, subject, body) in enumerate(table):
+            with self.subTest(message=message[:40]):
+                server.send(message)
+                posts = self.wait_for_posts(target, number + 1)
+                self.assertEqual(posts[-1].headers["Content-Length"], str(len(posts[-1].body)))
+                if subject is not None:
+                    self.assertEqual(posts[-1].json["subject"], subject)
+                if body is not None:
+                    self.assertEqual(posts[-1].json["body"], body)
+        self.assertRegex(server.text(), r"(?m)^\d{4}[-/]\d\d[-/]\d\d[T ][\d:.]+\S* .*New session$")
+
+    def test_template(self):
+        """Body, URL and header fields may all be templates."""
+        target = self.target()
+        folder = self.new_folder()
+        with open(os.path.join(folder, "body.txt"), "w", encoding="utf-8") as file:
+            file.write('{{.Subject | upper}} to {{range $i, $r := .Recipients}}'
+                       '{{if $i}}, {{end}}{{$r}}{{end}}: {{.Header.Get "X-Tag"}}\n')
+        server = self.run_server(
+            "--url", target.url + "/{{.Sender | urlquery}}?s={{.Subject | urlquery}}",
+            "--template", "@body.txt", "--header", "Content-Type: text/plain",
+            "--header", "X-Title: {{.Subject}}", folder=folder)
+        server.send(make_message("gr\u00fc\u00dfe & co", headers="X-Tag: t1\r\n"),
+                    to=("b@example.com", "c@example.com"))
+        post, = self.wait_for_posts(target)
+        self.assertEqual(post.path, "/hook/a%40example.com?s=gr%C3%BC%C3%9Fe+%26+co")
+        self.assertEqual(post.body.decode(),
+                         "GR\u00dc\u00dfE & CO to b@example.com, c@example.com: t1")
+        self.assertEqual(post.headers.get_all("Content-Type"), ["text/plain"])
+        self.assertEqual(post.headers["X-Title"].encode("latin-1").decode(), "gr\u00fc\u00dfe & co")
+
+    def test_signature(self):
+        """As standardwebhooks.com has it, the same key with each attempt."""
+        target = self.target(500, 200)
+        secret = "whsec_" + base64.b64encode(b"24 bytes of a good secret").decode()
+        server = self.run_server("--url", target.url, "--forward_secret", secret)
+        server.send()
+        first, second = self.wait_for_posts(target, 2)
+        for post in (first, second):
+            key, stamp = post.headers["webhook-id"], post.headers["webhook-timestamp"]
+            self.assertLess(abs(time.time() - int(stamp)), 10)
+            mac = hmac.new(b"24 bytes of a good secret", f"{key}.{stamp}.".encode() + post.body,
+                           "sha256").digest()
+            self.assertEqual(post.headers["webhook-signature"],
+                             "v1," + base64.b64encode(mac).decode())
+        for name in ("webhook-id", "Idempotency-Key"):
+            self.assertEqual(first.headers[name], second.headers[name])
+        self.assertEqual(first.body, second.body)
+        fields = pegmail.sign("plain", "k", 5, b"body")
+        mac = hmac.new(b"plain", b"k.5.body", "sha256").digest()
+        self.assertEqual(fields["webhook-signature"], "v1," + base64.b64encode(mac).decode())
+        self.assertNotIn("webhook-signature", pegmail.sign("", "k", 5, b"body"))
+
+
+class ForwardStartTest(FolderCase):
+    """Starts that have to be refused."""
+
+    def test_template_mistakes(self):
+        url = ["--url", "http://127.0.0.1:9/"]
+        for words, option, line in (
+                ([*url, "--template", "{{.Subject}}\n  {{if}}x{{end}}"], "--template", 2),
+                ([*url, "--template", "{{.Nothing}}"], "--template", 1),
+                ([*url, "--header", "X-A: {{.Subject | nothing}}"], "--header", 1),
+                (["--url", "http://127.0.0.1/{{.Subject"], "--url", 1),
+                (["--forward_to", "http://127.0.0.1/{{end}}"], "--forward_to", 1)):
+            with self.subTest(words):
+                err = self.assert_refused(2, "", *words, "--check", run=self.call_main)
+                self.assertRegex(err, rf"{option}: line {line}, column \d+: \S")
+                status, _, line = self.start_here(*words, "--smtp_port", "0", "--api_port", "0")
+                self.assertEqual((status, line), (2, err))
+
+    def test_files_and_secrets(self):
+        for words, status, word in (
+                (["--ca_file", "nowhere.pem"], 1, "--ca_file"),
+                (["--ca_file", self.write("bad.pem", "x")], 1, "--ca_file"),
+                (["--url", "http://a.example/", "--template", "@nowhere"], 1, "@nowhere"),
+                (["--url", "http://a.example/", "--forward_secret", "whsec_a"], 2,
+                 "--forward_secret")):
+            with self.subTest(words):
+                self.assert_refused(status, word, *words, "--check", run=self.call_main)
+
+
+class VerdictTest(unittest.TestCase):
+    """When a delivery is tried again."""
+
+    def couriers(self, **settings):
+        """Return what the pure methods of Couriers need of one."""
+        return mock.Mock(settings=pegmail.Settings(**settings), spec=["settings"])
+
+    def test_backoff(self):
+        couriers = self.couriers()
+        for factor in (0.8, 1, 1.2):
+            with mock.patch("pegmail.random.uniform", lambda low, high, factor=factor: factor):
+                times = [pegmail.Couriers.backoff(couriers, n) for n in range(1, 12)]
+            self.assertEqual(times, [factor * min(3600, 10 * 2 ** n) for n in range(11)])
+        self.assertLessEqual(pegmail.Couriers.backoff(couriers, 10 ** 6), 3600 * 1.2)
+
+    def test_retry_after(self):
+        soon = email.utils.formatdate(time.time() + 100, usegmt=True)
+        past = email.utils.formatdate(time.time() - 100, usegmt=True)
+        for text, low, high in (("7", 7, 7), (" 120 ", 120, 120), ("999999999", 86400, 86400),
+                                (soon, 97, 101), (past, 0, 0), ("soon", 0, 0), ("", 0, 0),
+                                ("-5", 0, 0), ("1e3", 0, 0), ("\u0663", 0, 0),
+                                ("Fri, 31 Dec 9999 23:59:59 GMT", 86400, 86400),
+                                ("Fri, 99 Foo 9999 99:99:99 GMT", 0, 0)):
+            with self.subTest(text):
+                found = pegmail.retry_after({"Retry-After": text})
+                self.assertTrue(low <= found <= high, found)
+
+    def test_statuses(self):
+        for status in (*range(200, 206), 226, 299, *range(300, 309), *range(400, 430), 431, 451,
+                       499, 500, 502, 503, 504, 599):
+            for stubborn in (False, True):
+                answer = pegmail.WebAnswer(status, {"Retry-After": "3"})
+                found = pegmail.Couriers.verdict(self.couriers(retry_4xx=stubborn), answer)
+                for_good = 400 <= status < 500 and status not in (408, 425, 429) and not stubborn
+                self.assertEqual(found.state, "delivered" if status < 300 else
+                                 "failed" if for_good else "waiting", status)
+                if found.state == "waiting" and status >= 400:
+                    self.assertEqual(found.after, 3)
+
+
+class ForwardTest(ForwardCase):
+    """Real targets, good and bad."""
+
+    def test_answers(self):
+        """What is tried again, and what is not; each target on its own."""
+        soon = (503, {"Retry-After": "2"})
+        later = (429, {"Retry-After": email.utils.formatdate(time.time() + 3, usegmt=True)})
+        elsewhere = [(status, {"Location": "http://localhost:9/"})
+                     for status in (301, 302, 307, 308)]
+        once = {answer: self.target(answer) for answer in (201, 204, 299, 400, 404, 410, 422)}
+        twice = [self.target(answer, 200) for answer in (
+            408, 425, 429, 500, 502, soon, later, None, b"HT", b"SSH-2.0-x\r\n", b"HTTP/1.1 2",
+            *elsewhere)]
+        server = self.run_server(*self.forward_to(*once.values(), *twice))
+        server.send()
+        for target in twice:
+            posts = self.wait_for_posts(target, 2)
+            self.assertEqual(posts[0].body, posts[1].body)
+            self.assertEqual(posts[0].headers["webhook-id"], posts[1].headers["webhook-id"])
+            self.assertGreater(posts[1].time - posts[0].time, 0.75)
+        self.assertGreater(twice[5].posts[1].time - twice[5].posts[0].time, 1.9)
+        self.wait_for_state(server, "delivered", len(twice) + 3)
+        self.assertEqual({entry["target"] for entry in self.wait_for_state(server, "failed", 4)},
+                         {once[status].url for status in (400, 404, 410, 422)})
+        for target in once.values():
+            self.assertEqual(len(target.posts), 1)
+        counts = server.get("/outbox")["counts"]
+        self.assertEqual(counts, {"waiting": 0, "delivered": len(twice) + 3, "failed": 4})
+        figures = read_metrics(server)
+        for state, count in counts.items():
+            self.assertEqual(figures['pegmail_outbox{state="%s"}' % state], count)
+        self.assertEqual(figures['pegmail_outbox_attempts_total{state="waiting"}'], len(twice))
+
+    def test_stubborn_and_patient(self):
+        """--retry_4xx; and --retry_for is the end."""
+        refusing, broken = self.target(404, 200), self.target(500)
+        server = self.run_server(*self.forward_to(refusing, broken), "--retry_4xx", "--retry_for",
+                                 "1", "--retry_longest", "1")
+        server.send()
+        self.wait_for_posts(refusing, 2)
+        entry, = self.wait_for_state(server, "failed")
+        self.assertEqual((entry["target"], entry["error"]), (broken.url, "the target answered 500"))
+        self.assertEqual(entry["attempts"], len(broken.posts))
+        self.assertTrue(2 <= len(broken.posts) <= 4)
+
+    def test_a_303_is_asked_for_by_get(self):
+        """Without what the POST carried, and not within private networks unless allowed."""
+        ask = self.target()
+        target = self.target((303, {"Location": ask.url + "?done"}))
+        forbidden = self.target((303, {"Location": ask.url + "?forbidden"}))
+        for allowed, state in (([], "failed"), (["--webhook_allow", "127.0.0.0/8", "::1"],
+                                                "delivered")):
+            server = self.run_server("--url", (target if allowed else forbidden).url, "--header",
+                                     "Authorization: Bearer x", *allowed)
+            server.send()
+            self.wait_for_state(server, state)
+        post, = ask.posts
+        self.assertEqual((post.method, post.path, post.body), ("GET", "/hook?done", b""))
+        self.assertNotIn("Authorization", post.headers)
+
+    def test_bad_company(self):
+        """Hanging, dripping and dead targets slow neither reception nor another target."""
+        hanging, dripping, good = self.target(hang, 200), self.target(drip, 200), self.target()
+        dead = f"http://127.0.0.1:{free_port()}/"
+        server = self.run_server(*self.forward_to(hanging, dripping, dead, good),
+                                 "--forward_timeout", "1", "--forward_parallel", "1")
+        begun = time.monotonic()
+        with server.connect() as wire:
+            for number in range(40):
+                wire.deliver(make_message(f"m{number}"))
+        self.assertLess(time.monotonic() - begun, 3)
+        self.wait_for_posts(good, 40)
+        self.assertLess(time.monotonic() - begun, 4)
+        self.assertEqual(good.subjects(), [f"m{number}" for number in range(40)])
+        for target in (hanging, dripping):
+            posts = self.wait_for_posts(target, 41)
+            self.assertEqual(posts[0].body, posts[1].body)
+        self.assertEqual({entry["target"] for entry in self.entries(server, state="waiting")},
+                         {dead})
+        self.assertIn("refused", self.entries(server, target=dead)[0]["error"])
+
+    def test_connections_are_kept(self):
+        """One is enough; that the target closes one behind our back is no failure."""
+        kept, closing = self.target(), self.target(close_silently)
+        server = self.run_server(*self.forward_to(kept, closing), "--forward_parallel", "1")
+        with server.connect() as wire:
+            for number in range(20):
+                wire.deliver(make_message(str(number)))
+        for target in (kept, closing):
+            self.wait_for_posts(target, 20)
+            self.assertEqual(target.subjects(), [str(number) for number in range(20)])
+        entries = self.wait_for_state(server, "delivered", 40)
+        self.assertEqual({entry["attempts"] for entry in entries}, {1})
+        self.assertLess(kept.connections, 20)
+        self.assertEqual(closing.connections, 20)
+
+    def test_order(self):
+        """--forward_parallel 1: a message waits for the one before it."""
+        target = self.target(200, 500, 200, None, 200)
+        server = self.run_server("--url", target.url, "--forward_parallel", "1")
+        with server.connect() as wire:
+            for number in range(5):
+                wire.deliver(make_message(str(number)))
+        self.wait_for_posts(target, 7)
+        self.assertEqual(target.subjects(), list("0112234"))
+
+    def test_filters_and_forward_only(self):
+        """Patterns in any case; what was forwarded goes, what was not stays."""
+        everything, to_b, from_ann = self.target(), self.target(), self.target()
+        server = self.run_server(*self.forward_to(
+            everything.url + " to=*@*.example", to_b.url + " to=*@B.example",
+            from_ann.url + "   from=ANN@*\tto=*"), "--forward_only", "--outbox_keep", "0")
+        for sender, to in (("ann@x.org", "u@b.example"), ("x@x.org", "u@B.EXAMPLE"),
+                           ("x@x.org", "u@c.example"), ("Ann@y.org", "u@c.org"),
+                           ("x@x.org", "u@c.org")):
+            server.send(make_message(f"{sender} {to}"), sender, (to, "other@none.test"))
+        until(lambda: server.get("/count")["count"] == 1, "the removal")
+        self.assertEqual(server.get("/latest")["mail_subject"], "x@x.org u@c.org")
+        self.assertEqual(self.entries(server), [])
+        for target, subjects in (
+                (everything, ["Ann@y.org u@c.org", "ann@x.org u@b.example", "x@x.org u@B.EXAMPLE",
+                              "x@x.org u@c.example"][1:]),
+                (to_b, ["ann@x.org u@b.example", "x@x.org u@B.EXAMPLE"]),
+                (from_ann, ["Ann@y.org u@c.org", "ann@x.org u@b.example"])):
+            self.assertEqual(sorted(target.subjects()), subjects)
+
+    def test_tls(self):
+        """A certificate that nobody vouches for is refused, unless --ca_file knows it."""
+        certificate, context = self.certificate()
+        target = self.target(context=context)
+        server = self.run_server("--url", target.url)
+        server.send()
+        entry = until(lambda: [entry for entry in self.entries(server) if entry["attempts"]],
+                      "an attempt")[0]
+        self.assertEqual((entry["state"], target.posts), ("waiting", []))
+        self.assertIn("certificate verify failed", entry["error"])
+        folder = server.folder
+        server.stop()
+        self.run_server("--url", target.url, "--ca_file", certificate.cert, folder=folder)
+        self.wait_for_posts(target)
+
+    def test_wrong_name_in_the_certificate(self):
+        certificate, context = self.certificate()
+        target = self.target(context=context)
+        url = target.url.replace("localhost", "localhost.localdomain")
+        with contextlib.suppress(OSError):
+            socket.getaddrinfo("localhost.localdomain", None)
+            server = self.run_server("--url", url, "--ca_file", certificate.cert)
+            server.send()
+            until(lambda: "mismatch" in str(self.entries(server)), "the refusal")
+            self.assertEqual(target.posts, [])
+
+    def test_proxy(self):
+        """http_proxy, https_proxy with CONNECT, a password, and no_proxy."""
+        certificate, context = self.certificate()
+        secure, direct, proxy = self.target(context=context), self.target(), self.target()
+        place = proxy.url[7:].replace("/hook", "").replace("localhost", "127.0.0.1")
+        server = self.run_server(
+            *self.forward_to("http://far.example/hook?x=1", secure, direct.url.replace(
+                "localhost", "127.0.0.1")), "--ca_file", certificate.cert, environ={
+                "http_proxy": f"http://us%20er:pass@{place}", "https_proxy": f"http://{place}",
+                "no_proxy": "127.0.0.1"})
+        server.send()
+        for target in (secure, direct):
+            self.wait_for_posts(target)
+        posts = {post.method: post for post in self.wait_for_posts(proxy, 2)}
+        self.assertEqual(posts["POST"].path, "http://far.example:80/hook?x=1")
+        self.assertEqual(posts["POST"].headers["Host"], "far.example:80")
+        self.assertEqual(posts["POST"].headers["Proxy-Authorization"],
+                         "Basic " + base64.b64encode(b"us er:pass").decode())
+        self.assertEqual(posts["CONNECT"].path, f"localhost:{secure.server_port}")
+        self.assertNotIn("Proxy-Authorization", secure.posts[0].headers)
+        self.assertEqual(len(self.wait_for_state(server, "delivered", 3)), 3)
+
+
+class DurableTest(ForwardCase):
+    """What is to leave leaves, whatever happens to the server."""
+
+    def test_restart(self):
+        """An outage of the target, and of the server."""
+        target = self.target(503, 200)
+        server = self.run_server("--url", target.url, "--retry_first", "3")
+        server.send(make_message("kept"))
+        until(lambda: self.entries(server)[0]["attempts"], "an attempt")
+        self.assertEqual(server.stop(), 0)
+        server = self.run_server("--url", target.url, folder=server.folder)
+        first, second = self.wait_for_posts(target, 2)
+        self.assertEqual(first.body, second.body)
+        self.wait_for_state(server, "delivered")
+
+    def test_stop_with_a_request_under_way(self):
+        """It is finished if it can be; what hangs does not hold up the end for long."""
+        begun = threading.Event()
+
+        def slow(handler):
+            begun.set()
+            handler.server.over.wait(0.3)
+            return 200
+        target, hanging = self.target(slow), self.target(hang)
+        server = self.run_server(*self.forward_to(target, hanging))
+        server.send()
+        self.assertTrue(begun.wait(DEADLINE))
+        self.wait_for_posts(hanging)
+        at = time.monotonic()
+        self.assertEqual(server.stop(), 0)
+        self.assertLess(time.monotonic() - at, 9)
+        with contextlib.closing(sqlite3.connect(server.folder + "/mail.db")) as db:
+            self.assertEqual(dict(db.execute("SELECT target, state FROM outbox")),
+                             {target.url: "delivered", hanging.url: "waiting"})
+
+    def test_kill(self):
+        """Twenty rounds: before the POST, during it, and between it and its being marked.
+
+        Every message arrives; one that is marked as delivered does not come again.
+        """
+        folder, sent, marked, servers = self.new_folder(), set(), set(), []
+
+        def kill(handler):
+            servers[-1].process.kill()
+            return 200
+
+        def answer_and_kill(handler):
+            handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+            servers[-1].process.kill()
+        target = self.target()
+        chance = random.Random(11)
+        for number in range(20):
+            kinds = ([hang], [kill], [answer_and_kill], [200] * chance.randrange(1, 5) + [kill])
+            seen, target.answers = len(target.posts), kinds[number % 4] + [200]
+            with Running("--url", target.url, "--retry_first", "1", folder=folder) as server:
+                servers.append(server)
+                with contextlib.suppress(OSError, AssertionError), server.connect() as wire:
+                    for part in range(6):
+                        subject = f"{number}.{part}"
+                        wire.deliver(make_message(subject))
+                        sent.add(subject)
+                if number % 4:
+                    until(lambda: server.process.poll() is not None, "the kill")
+                server.process.kill()
+                server.process.wait()
+                target.over.set()
+                target.over.clear()
+            again = {post.headers["webhook-id"] for post in target.posts[seen:]} & marked
+            self.assertEqual(again, set(), f"round {number}")
+            with contextlib.closing(sqlite3.connect(folder + "/mail.db")) as db:
+                marked |= {key for (key,) in db.execute(
+                    "SELECT key FROM outbox WHERE state = 'delivered'")}
+        server = self.run_server("--url", target.url, folder=folder)
+        until(lambda: not server.get("/outbox")["counts"]["waiting"], "the rest")
+        self.assertLessEqual(sent, set(target.subjects()))
+        self.assertGreater(len(sent), 20)
+
+    def test_backlog(self):
+        """20,000 rows: they go in order, and memory does not grow with them."""
+        target = self.target(hang)
+        with Running("--url", target.url, folder=self.new_folder()) as server:
+            server.send(make_message("again and again"))
+            server.process.kill()
+            server.process.wait()
+        with contextlib.closing(sqlite3.connect(server.folder + "/mail.db")) as db:
+            db.execute("DELETE FROM outbox")
+            db.executemany("INSERT INTO outbox (message, target, key, event, recipients, only, "
+                           "created, due) VALUES (1, 'url', ?, 'arrival', '', 0, 1, ?)",
+                           ((f"k{number:05}", 1000 + number) for number in range(20000)))
+            db.execute("UPDATE outbox SET created = ?", (int(time.time() * 1000),))
+            db.commit()
+        target.answers = [200]
+        target.over.set()
+        seen = len(target.posts)
+        server = self.run_server("--url", target.url, "--forward_parallel", "1",
+                                 folder=server.folder)
+        self.wait_for_posts(target, seen + 300)
+        before = memory(server)
+        self.wait_for_posts(target, seen + 2500)
+        self.assertLess(memory(server) - before, 8 << 20)
+        self.assertEqual(server.stop(), 0)
+        first = len(target.posts)
+        server = self.run_server("--url", target.url, "--forward_parallel", "1",
+                                 folder=server.folder)
+        self.wait_for_posts(target, first + 300)
+        keys = [post.headers["webhook-id"] for post in target.posts[seen:]]
+        self.assertEqual(keys, [f"k{number:05}" for number in range(len(keys))])
 
 
 # -- Mail to other hosts --
