@@ -7935,8 +7935,8 @@ class Couriers:
         """Forget what is over, and look for rows that another process added."""
         while self.outbox.purge() and not self.stopping:
             pass
-        now = int(self.store.now() * 1000)
-        self.wake([target for target, due in self.outbox.waiting().items() if due <= now])
+        soon = int((self.store.now() + HOUSE_SECONDS) * 1000)
+        self.wake([target for target, due in self.outbox.waiting().items() if due <= soon])
         return HOUSE_SECONDS
 
     def look_for_overdue(self) -> None:
