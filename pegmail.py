@@ -7072,7 +7072,7 @@ class Composer:
     """Makes the requests of deliveries; made by Couriers."""
 
     def __init__(self, settings: Settings, store: Store, api_url: str) -> None:
-        self.settings, self.store, self.api_url = settings, store, api_url
+        self.settings, self.store, self.api_url = settings, store, api_url.rstrip("/")
         self.body = read_template(settings.template, "--template") if settings.template else None
         self.headers = [(name, read_template(value, "--header")) for name, value in settings.header]
         self.urls = {name: read_template(url, option)
