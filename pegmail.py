@@ -6774,7 +6774,8 @@ TRANSLATED = tuple(map(ipaddress.ip_network, (
 
 def is_public(ip: Any) -> bool:
     """Is this an address of the Internet, where anybody may be sent?"""
-    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified)
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified
+                                 or getattr(ip, "is_site_local", False))
 
 
 class Door:
