@@ -6763,6 +6763,8 @@ def embedded_addresses(address: str) -> List[Any]:
     if ip.ipv4_mapped:
         return [ip.ipv4_mapped]
     low = int(ip) & 0xFFFFFFFF
+    if ip in TRANSLATED[0]:             # the way to IPv4 from a network that has none
+        return [ipaddress.IPv4Address(low)]
     return ([ip] + ([ip.sixtofour] if ip.sixtofour else []) + list(ip.teredo or ())
             + [ipaddress.IPv4Address(low) for network_ in TRANSLATED
                if ip in network_ and low > 0xFFFF])         # else it is :: or ::1
