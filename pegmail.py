@@ -6376,6 +6376,8 @@ def embedded_addresses(address: str) -> List[Any]:
     if ip.ipv4_mapped:
         return [ip.ipv4_mapped]
     low = int(ip) & 0xFFFFFFFF
+    if ip in TRANSLATED[0]:             # the way to IPv4 from a network that has none
+        return [ipaddress.IPv4Address(low)]
     return ([ip] + ([ip.sixtofour] if ip.sixtofour else []) + list(ip.teredo or ())
             + [ipaddress.IPv4Address(low) for network_ in TRANSLATED
                if ip in network_ and low > 0xFFFF])         # else it is :: or ::1
@@ -6387,7 +6389,8 @@ TRANSLATED = tuple(map(ipaddress.ip_network, (
 
 def is_public(ip: Any) -> bool:
     """Is this an address of the Internet, where anybody may be sent?"""
-    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified)
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified
+                                 or getattr(ip, "is_site_local", False))
 
 
 class Door:
@@ -6747,7 +6750,7 @@ class Composer:
     """Makes the requests of deliveries; made by Couriers."""
 
     def __init__(self, settings: Settings, store: Store, api_url: str) -> None:
-        self.settings, self.store, self.api_url = settings, store, api_url
+        self.settings, self.store, self.api_url = settings, store, api_url.rstrip("/")
         self.body = read_template(settings.template, "--template") if settings.template else None
         self.headers = [(name, read_template(value, "--header")) for name, value in settings.header]
         self.urls = {name: read_template(url, option)
@@ -7632,8 +7635,8 @@ class Couriers:
         """Forget what is over, and look for rows that another process added."""
         while self.outbox.purge() and not self.stopping:
             pass
-        now = int(self.store.now() * 1000)
-        self.wake([target for target, due in self.outbox.waiting().items() if due <= now])
+        soon = int((self.store.now() + HOUSE_SECONDS) * 1000)
+        self.wake([target for target, due in self.outbox.waiting().items() if due <= soon])
         return HOUSE_SECONDS
 
     def look_for_overdue(self) -> None:

@@ -4078,8 +4078,12 @@ class StallTest(unittest.TestCase):
 def listening(kind=socket.SOCK_STREAM, port=0):
     """Return a socket on a free port of loopback."""
     sock = socket.socket(socket.AF_INET, kind)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.bind(("127.0.0.1", port))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, kind == socket.SOCK_STREAM)
+    try:
+        sock.bind(("127.0.0.1", port))
+    except OSError:
+        sock.close()
+        raise
     if kind == socket.SOCK_STREAM:
         sock.listen(16)
     return sock
@@ -4120,12 +4124,20 @@ class NameServer:
         self.zone, self.code, self.ttl, self.lies = zone, code, ttl, lies
         self.truncate, self.silent = truncate, silent
         self.asked, self.ports = [], []
-        self.udp = listening(socket.SOCK_DGRAM)
+        self.udp, self.tcp = self.listen()
         self.port = self.udp.getsockname()[1]
-        self.tcp = listening(port=self.port)
         self.threads = [threading.Thread(target=run) for run in (self.serve_udp, self.serve_tcp)]
         for thread in self.threads:
             thread.start()
+
+    def listen(self):
+        """Return sockets for UDP and TCP on the same port."""
+        while True:
+            tcp = listening()
+            try:
+                return listening(socket.SOCK_DGRAM, tcp.getsockname()[1]), tcp
+            except OSError:
+                tcp.close()
 
     @property
     def name(self):
@@ -7223,7 +7235,7 @@ class DurableTest(ForwardCase):
     def test_restart(self):
         """An outage of the target, and of the server."""
         target = self.target(503, 200)
-        server = self.run_server("--url", target.url, "--retry_first", "3")
+        server = self.run_server("--url", target.url, "--retry_first", "2")
         server.send(make_message("kept"))
         until(lambda: self.entries(server)[0]["attempts"], "an attempt")
         self.assertEqual(server.stop(), 0)
