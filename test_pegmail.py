@@ -7338,6 +7338,263 @@ class DurableTest(ForwardCase):
         self.assertEqual(keys, [f"k{number:05}" for number in range(len(keys))])
 
 
+# -- Webhooks, and where they may lead --
+
+PRIVATE = """127.0.0.1 127.255.255.254 127.1 2130706433 0177.0.0.1 0x7f.1 0x7f000001 017700000001 0
+    0.0.0.0 10.0.0.1 100.64.0.1 100.127.255.254 169.254.169.254 172.16.0.1 172.31.255.255
+    192.0.0.1 192.0.2.1 192.168.0.1 198.18.0.1 198.51.100.1 203.0.113.1 224.0.0.1 239.1.1.1
+    240.0.0.1 255.255.255.255 :: ::1 ::ffff:127.0.0.1 ::ffff:10.0.0.1 ::127.0.0.1 64:ff9b::7f00:1
+    64:ff9b::a9fe:a9fe 64:ff9b:1::7f00:1 2002:7f00:1:: 2002:a00:1::1 2001:0:7f00:1:: 2001:db8::1
+    fe80::1 fe80::1%1 fec0::1 fc00::1 fd12::1 ff02::1 100::1 localhost""".split()
+PUBLIC = """8.8.8.8 93.184.216.34 100.63.255.255 100.128.0.1 172.32.0.1 2606:4700::1111
+    ::ffff:8.8.8.8 64:ff9b::808:808""".split()
+
+
+class EgressTest(unittest.TestCase):
+    """The one way out, for what a user of the API named."""
+
+    def test_addresses(self):
+        for host in PRIVATE:
+            with self.subTest(host), mock.patch("socket.socket.connect") as connect:
+                with self.assertRaises(OSError) as caught:
+                    pegmail.Door([]).connect(host, 80, 1)
+                self.assertFalse(connect.called)
+                if not isinstance(caught.exception, socket.gaierror):
+                    self.assertIsInstance(caught.exception, pegmail.Forbidden)
+        for host in PUBLIC:
+            self.assertTrue(pegmail.Door([]).may_reach(host), host)
+            self.assertTrue(pegmail.Door().may_reach(host), host)
+        self.assertTrue(pegmail.Door().may_reach("127.0.0.1"))
+
+    def test_allowed_networks(self):
+        door = pegmail.Door(list(map(ipaddress.ip_network, ("10.0.0.0/8", "::1"))))
+        for address, allowed in (("10.1.2.3", True), ("11.1.2.3", True), ("192.168.0.1", False),
+                                 ("::1", True), ("::ffff:10.0.0.1", True), ("127.0.0.1", False),
+                                 ("64:ff9b::a00:1", True), ("64:ff9b::7f00:1", False)):
+            with self.subTest(address):
+                self.assertEqual(door.may_reach(address), allowed)
+
+    def test_what_is_checked_is_what_is_connected_to(self):
+        """DNS rebinding: the name is looked up once."""
+        def found(address):
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 80))]
+        door = pegmail.Door([])
+        answers = [found("8.8.8.8"), found("127.0.0.1")]
+        with mock.patch("socket.getaddrinfo", side_effect=answers) as ask, \
+                mock.patch("socket.socket.connect") as connect:
+            door.connect("evil.example", 80, 1).close()
+            self.assertEqual(ask.call_count, 1)
+            connect.assert_called_once_with(("8.8.8.8", 80))
+            with self.assertRaises(pegmail.Forbidden):
+                door.connect("evil.example", 80, 1)
+            self.assertEqual(connect.call_count, 1)
+
+    def test_urls(self):
+        """What a URL's host may be written as is of no use, nor is a URL that is none."""
+        client = pegmail.WebClient(pegmail.Door([]), pegmail.web_context(pegmail.Settings()), 1)
+        for url in ("http://2130706433/", "http://0x7f.1:80/", "http://\u2460\u2461\u2466.0.0.1/",
+                    "http://127\u30020\u30020\u30021/", "http://[::ffff:7f00:1]/",
+                    "http://8.8.8.8@127.0.0.1/", "http://localhost#@8.8.8.8/", "ftp://8.8.8.8/",
+                    "http://", "http:///x", "http://[::1/", "http://8.8.8.8:x/", "x", "",
+                    "http://8.8.8.8/\r\nX: y", "http://8.8.8.8:99999/", "file:///etc/passwd"):
+            with self.subTest(url), self.assertRaises(pegmail.Forbidden):
+                client.request("POST", url, {})
+        for url in ("http://.example/", "http://a..example/", "https://%/", "http://xn--/"):
+            with self.subTest(url), self.assertRaises(OSError):
+                client.request("POST", url, {})
+
+
+class WebhookTest(ForwardCase):
+    """Events of a mailbox, in the shapes of dynip-email."""
+
+    def setUp(self):
+        self.server = self.run_server("--webhook_allow", "127.0.0.1", "::1",
+                                      "--webhook_failures", "2")
+
+    def call(self, path, method="GET", status=200, server=None, headers=(), **values):
+        """Call the API with JSON; return its answer."""
+        body = json.dumps(values).encode() if values else None
+        found, _, answer = (server or self.server).request(
+            path, method, {"Content-Type": "application/json", **dict(headers)}, body)
+        self.assertEqual(found, status, answer)
+        return json.loads(answer)
+
+    def hook(self, target, mailbox="b@example.com", server=None, **values):
+        """Make a webhook; return its id."""
+        return self.call("/api/webhooks", "POST", server=server, mailbox_address=mailbox,
+                         webhook_url=getattr(target, "url", target), **values)["id"]
+
+    def test_life(self):
+        """Made, shown, changed, deleted."""
+        ident = self.hook("app.example.com/in", "Bob@Example.COM", events=["arrival", "read"])
+        shown = self.call(f"/api/webhook/{ident}")
+        self.assertRegex(shown.pop("created_at"), r"^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ$")
+        self.assertEqual(shown, {
+            "id": ident, "mailbox_address": "bob@example.com", "enabled": True, "failures": 0,
+            "webhook_url": "http://app.example.com/in", "events": ["arrival", "read"],
+            "last_error": ""})
+        other = self.hook("https://app.example.com/two", "bob@example.com")
+        self.assertEqual([hook["id"] for hook in self.call("/api/webhooks/BOB@example.com")],
+                         [ident, other])
+        self.assertEqual(self.call(f"/api/webhook/{other}")["events"], ["arrival"])
+        changed = self.call(f"/api/webhook/{ident}", "PUT", events="deletion", enabled=0,
+                            webhook_url="https://b.example/")
+        self.assertEqual((changed["events"], changed["enabled"], changed["webhook_url"]),
+                         (["deletion"], False, "https://b.example/"))
+        self.assertEqual(self.call(f"/api/webhook/{ident}", "DELETE"), {"deleted": 1})
+        self.assertEqual(len(self.call("/api/webhooks/bob%40example.com")), 1)
+        self.assertEqual(self.call("/api/webhooks/nobody@example.com"), [])
+        for path, method in ((f"/api/webhook/{ident}", "GET"), (f"/api/webhook/{ident}", "PUT"),
+                             (f"/api/webhook/{ident}", "DELETE"), ("/api/webhook/%00", "GET"),
+                             (f"/api/webhook/{ident}/test", "POST")):
+            self.assertIn("error", self.call(path, method, 400 if "%00" in path else 404))
+
+    def test_wrong_values(self):
+        good = {"mailbox_address": "b@example.com", "webhook_url": "https://app.example.com/"}
+        for wrong in ({"mailbox_address": "b"}, {"mailbox_address": ""}, {"webhook_url": "ftp://x/"},
+                      {"webhook_url": ""}, {"webhook_url": "http://"}, {"webhook_url": "http://[/"},
+                      {"webhook_url": "http://a b/"}, {"webhook_url": "https://a/" + "x" * 2000},
+                      {"events": "arrival, departure"}, {"nonsense": "1"},
+                      {"webhook_url": "http://10.0.0.1/"}, {"webhook_url": "http://[::]/"},
+                      {"webhook_url": "http://169.254.169.254/latest/meta-data"}):
+            with self.subTest(wrong):
+                name, = wrong
+                self.assertIn(name, self.call("/api/webhooks", "POST", 400, **{**good, **wrong})
+                              ["error"])
+        ident = self.hook("https://app.example.com/")
+        for wrong in ({"webhook_url": "http://10.0.0.1/"}, {"enabled": 2}, {"events": "x"}):
+            self.call(f"/api/webhook/{ident}", "PUT", 400, **wrong)
+        evil = {"Origin": "http://evil.example"}
+        for path, method in (("/api/webhooks", "POST"), (f"/api/webhook/{ident}", "PUT"),
+                             (f"/api/webhook/{ident}", "DELETE"), ("/outbox/1", "DELETE"),
+                             (f"/api/webhook/{ident}/test", "POST"), ("/outbox/1/retry", "POST")):
+            self.call(path, method, 403, headers=evil)
+        self.assertEqual(self.call(f"/api/webhook/{ident}")["enabled"], True)
+
+    def test_events(self):
+        """Arrival, read, deletion and test; only what was asked for, for each mailbox its own."""
+        target, other, silent = self.target(), self.target(), self.target()
+        ident = self.hook(target, "Bob@Example.com", events="arrival deletion read")
+        self.hook(other, "carl@example.com")
+        self.hook(silent, "nobody@example.com", events="arrival deletion read")
+        mail = self.server.send(make_message("first", "Email content\r\n"), "a@example.com",
+                                ("bob@EXAMPLE.com", "carl@example.com", "bob@example.com"))
+        arrival, = self.wait_for_posts(target)
+        self.assertEqual(list(arrival.json), ["event", "mailbox", "webhook_id", "timestamp",
+                                              "email"])
+        self.assertRegex(arrival.json["timestamp"], r"^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ$")
+        email_ = arrival.json["email"]
+        self.assertEqual({**arrival.json, "timestamp": "", "email": ""}, {
+            "event": "arrival", "mailbox": "bob@example.com", "webhook_id": ident,
+            "timestamp": "", "email": ""})
+        self.assertEqual(list(email_), ["id", "to", "from", "subject", "body", "timestamp",
+                                        "attachments"])
+        self.assertEqual({**email_, "timestamp": ""}, {
+            "id": str(mail), "to": "bob@example.com", "from": "a@example.com", "subject": "first",
+            "body": "Email content\n", "timestamp": "", "attachments": 0})
+        self.assertEqual(arrival.headers["Content-Type"], "application/json")
+        self.assertTrue(arrival.headers["webhook-id"])
+        self.server.get(f"/set_read?mail_id={mail}&is_read=1", method="POST")
+        self.server.get(f"/set_read?mail_id={mail}&is_read=1", method="POST")
+        self.server.get(f"/delete?mail_id={mail}", method="POST")
+        number = self.call(f"/api/webhook/{ident}/test", "POST")["outbox_id"]
+        posts = self.wait_for_posts(target, 4)
+        self.assertEqual([post.json["event"] for post in posts],
+                         ["arrival", "read", "deletion", "test"])
+        self.assertEqual(posts[2].json["email"]["subject"], "first")
+        self.assertIn("message", posts[3].json)
+        self.assertEqual(len({post.headers["webhook-id"] for post in posts}), 4)
+        entry = until(lambda: self.entries(self.server, state="delivered", after=number - 1),
+                      "its end")[0]
+        self.assertEqual((entry["id"], entry["event"], entry["target"]),
+                         (number, "test", f"webhook {ident}"))
+        self.assertEqual([post.json["mailbox"] for post in other.posts], ["carl@example.com"])
+        self.assertEqual(silent.posts, [])
+
+    def test_a_body_from_html_and_attachments(self):
+        small, large = b"small \x00\xff", b"y" * 3000
+        message = crlf("Subject: s", 'Content-Type: multipart/mixed; boundary="=b"', "", "--=b",
+                       "Content-Type: text/html", "", "<p>Hello <b>wor</b>ld &amp; all</p>",
+                       *(line for name, data in (("a.bin", small), ("b.bin", large)) for line in (
+                           "--=b", "Content-Type: application/octet-stream",
+                           f"Content-Disposition: attachment; filename={name}",
+                           "Content-Transfer-Encoding: base64", "", *base64_lines(data))), "--=b--")
+        common = [{"filename": name, "mime": "application/octet-stream", "size": len(data),
+                   "hash": media_name(data)} for name, data in (("a.bin", small), ("b.bin", large))]
+        links = [{**file, "url": "https://mail.example/x/media?hash=" + file["hash"]}
+                 for file in common]
+        content = {**common[0], "content": base64.b64encode(small).decode()}
+        for kind, files in (("none", None), ("links", links), ("base64", [content, links[1]])):
+            target = self.target()
+            server = self.run_server("--webhook_allow", "127.0.0.1", "--attachments", kind,
+                                     "--attachments_size", "1K", "--api_url",
+                                     "https://mail.example/x/")
+            self.hook(target, server=server)
+            server.send(message)
+            email_ = self.wait_for_posts(target)[0].json["email"]
+            with self.subTest(kind):
+                self.assertEqual((email_["body"], email_["attachments"], email_.get("files")),
+                                 ("Hello world & all", 2, files))
+
+    def test_disabled_after_failures(self):
+        target, other = self.target(500), self.target()
+        ident = self.hook(target)
+        self.hook(other)
+        self.server.send(make_message("lost"))
+        hook = until(lambda: (lambda hook: hook if not hook["enabled"] else None)(
+            self.call(f"/api/webhook/{ident}")), "the end of patience")
+        self.assertEqual((hook["failures"], hook["last_error"]), (2, "the target answered 500"))
+        entry, = self.wait_for_state(self.server, "failed")
+        self.assertEqual(entry["target"], f"webhook {ident}")
+        until(lambda: "is disabled" in self.server.text(), "the log")
+        self.server.send(make_message("not told of"))
+        self.wait_for_posts(other, 2)
+        target.answers = [200]
+        hook = self.call(f"/api/webhook/{ident}", "PUT", enabled=1)
+        self.assertEqual((hook["enabled"], hook["failures"], hook["last_error"]), (True, 0, ""))
+        self.server.send(make_message("told of"))
+        self.assertEqual(self.wait_for_posts(target, 3)[2].json["email"]["subject"], "told of")
+        self.assertEqual(self.call(f"/api/webhook/{ident}")["failures"], 0)
+
+    def test_where_it_may_not_lead(self):
+        """Names are looked at when they are called; a redirect too."""
+        inner = self.target()
+        port = inner.server_port
+        guest = self.target((303, {"Location": f"http://2130706434:{port}/"}))
+        inner_urls = (f"http://127.0.0.2:{port}/", f"http://0177.0.0.2:{port}/",
+                      f"http://localhost.:{port}/", f"http://2130706434:{port}/")
+        self.call("/api/webhooks", "POST", 400, mailbox_address="b@example.com",
+                  webhook_url=inner_urls[0])
+        idents = [self.hook(url) for url in (*inner_urls[1:2], *inner_urls[3:], guest.url)]
+        self.server.send()
+        for entry in self.wait_for_state(self.server, "failed", len(idents)):
+            self.assertIn("not a public address", entry["error"])
+        self.assertEqual((inner.posts, len(guest.posts)), ([], 1))
+
+    def test_outbox_routes(self):
+        """Filters, retrying and dropping."""
+        target, dead = self.target(400, 200), f"http://127.0.0.1:{free_port()}/"
+        server = self.run_server(*self.forward_to(target, dead))
+        mail = server.send()
+        entry, = self.wait_for_state(server, "failed")
+        self.assertEqual((entry["mail_id"], entry["event"], entry["attempts"], entry["recipients"],
+                          entry["error"]), (mail, "arrival", 1, [], "the target answered 400"))
+        self.assertEqual(self.entries(server, state="failed", target=dead), [])
+        waiting, = self.entries(server, target=dead)
+        self.assertEqual(self.entries(server, after=max(entry["id"], waiting["id"])), [])
+        self.assertEqual(self.call(f"/outbox/{entry['id']}/retry", "POST", server=server),
+                         {"retried": 1})
+        self.wait_for_state(server, "delivered")
+        self.assertEqual(target.posts[0].headers["webhook-id"],
+                         target.posts[1].headers["webhook-id"])
+        self.call(f"/outbox/{entry['id']}/retry", "POST", 404, server=server)
+        for ident in (waiting["id"], entry["id"]):
+            self.assertEqual(self.call(f"/outbox/{ident}", "DELETE", server=server),
+                             {"deleted": 1})
+            self.call(f"/outbox/{ident}", "DELETE", 404, server=server)
+        self.assertEqual(self.entries(server), [])
+
+
 # -- Mail to other hosts --
 
 class MailHost:
