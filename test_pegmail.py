@@ -7604,12 +7604,12 @@ class MailHost:
     """
 
     def __init__(self, script=None, ehlo="SIZE 100000\n8BITMIME\nSMTPUTF8", context=None,
-                 tls_first=False):
+                 tls_first=False, address=None):
         self.script = {key: list(value) if isinstance(value, list) else value
                        for key, value in (script or {}).items()}
         self.ehlo, self.context, self.tls_first = ehlo, context, tls_first
         self.lines, self.contents, self.connections = [], [], 0
-        self.sock = listening()
+        self.sock = socket.create_server(address) if address else listening()
         self.port = self.sock.getsockname()[1]
         self.thread = threading.Thread(target=self.serve)
         self.thread.start()
@@ -8042,6 +8042,117 @@ class SecureCourierTest(CourierCase):
         host = self.host({"AUTH": "535 5.7.8 wrong"}, ehlo="AUTH PLAIN")
         outcome = self.send(self.relay_to(host, "plain", "user", "secret"))["bob@one.example"]
         self.assertEqual(outcome[:4], ("retry", 535, "5.7.8", "wrong"))
+
+
+class RelayTest(ForwardCase):
+    """Forwards to mail addresses, with the whole program."""
+
+    TO = ("--forward_to", "mailto:ann@far.example", "--relay_tls", "plain")
+
+    def host(self, *args, **options):
+        """Return a MailHost."""
+        host = MailHost(*args, **options)
+        self.addCleanup(host.close)
+        return host
+
+    def test_smtp_sink(self):
+        folder, port = self.new_folder(), free_port()
+        os.chmod(folder, 0o777)
+        user = ["-u", "nobody"] if os.getuid() == 0 else []
+        sink = subprocess.Popen([need("smtp-sink"), *user, "-d", folder + "/m.",
+                                 f"127.0.0.1:{port}", "10"], stderr=subprocess.DEVNULL)
+        self.addCleanup(sink.wait)
+        self.addCleanup(sink.terminate)
+        server = self.run_server(*self.TO, "--relay", f"127.0.0.1:{port}")
+        with server.connect() as wire:
+            for number in range(20):
+                wire.deliver(make_message(f"m{number}", ".dots\r\n..\r\nh\u00e9\r\n" * 1000))
+        self.wait_for_state(server, "delivered", 20)
+        texts = [read_bytes(os.path.join(folder, name)) for name in os.listdir(folder)]
+        self.assertEqual(sorted(re.search(rb"Subject: (\w+)", text).group(1).decode()
+                                for text in texts), sorted(f"m{number}" for number in range(20)))
+        for text in texts:
+            self.assertEqual(text.count("\n.dots\n..\nh\u00e9".encode()), 1000)
+            self.assertNotIn(b"Return-Path", text)
+            self.assertIn(b"<ann@far.example>", text)
+
+    def test_password_and_tls(self):
+        certificate, context = self.certificate()
+        host = self.host(context=context, ehlo="AUTH PLAIN")
+        plain = self.host(ehlo="AUTH PLAIN")
+        for there, state in ((host, "delivered"), (plain, "waiting")):
+            server = self.run_server(
+                "--forward_to", "mailto:ann@far.example", "--relay", f"localhost:{there.port}",
+                "--relay_tls", "starttls", "--relay_user", "user", "--relay_password", "secret",
+                "--ca_file", certificate.cert)
+            server.send()
+            until(lambda server=server, state=state: [
+                entry for entry in self.entries(server, state=state, target="mail far.example")
+                if entry["attempts"]], state)
+            self.assertNotIn("secret", server.text())
+        self.assertIn("AUTH PLAIN " + pegmail.base64_text("\0user\0secret"), host.lines)
+        self.assertFalse([line for line in plain.lines if line[:4] in ("AUTH", "MAIL")])
+
+    def test_bounce(self):
+        """Kept here if every domain is ours; sent on if not; none for a bounce."""
+        host = self.host({"RCPT": "550 5.1.1 no such user"}, ehlo="8BITMIME")
+        server = self.run_server(*self.TO, "--relay", f"127.0.0.1:{host.port}")
+        server.send(make_message("lost"), "carl@here.example")
+        until(lambda: server.get("/count")["count"] == 2, "the bounce")
+        bounce = server.get("/mail?mail_id=2")
+        self.assertEqual((bounce["mail_from"], bounce["mail_to"], bounce["mail_subject"]),
+                         ("", ["carl@here.example"], "Not delivered: lost"))
+        self.assertIn("no such user", json.dumps(bounce["mail_body"]))
+        entry, = self.wait_for_state(server, "failed")
+        self.assertEqual((entry["target"], entry["recipients"], entry["error"]),
+                         ("mail far.example", ["ann@far.example"], "550 5.1.1 no such user"))
+        server.send(make_message("bounce"), "")
+        self.wait_for_state(server, "failed", 2)
+        self.assertEqual(server.get("/count")["count"], 3)
+        host = self.host({"<ann@far.example>": "550 5.1.1 no"}, ehlo="8BITMIME")
+        server = self.run_server(*self.TO, "--relay", f"127.0.0.1:{host.port}", "--server_host",
+                                 "here.example")
+        server.send(make_message("lost"), "dora@else.example", ("b@here.example",))
+        until(lambda: host.contents, "the bounce")
+        self.assertIn(b"To: <dora@else.example>\r\n", host.contents[0])
+        self.assertIn("MAIL FROM:<>", host.lines)
+        self.assertIn("RCPT TO:<dora@else.example>", host.lines)
+        self.assertEqual(server.get("/count")["count"], 1)
+
+    def test_given_up(self):
+        """A host that never wants it now: after --retry_for the sender is told."""
+        host = self.host({"RCPT": "451 4.3.0 not now"}, ehlo="8BITMIME")
+        server = self.run_server(*self.TO, "--relay", f"127.0.0.1:{host.port}", "--retry_for", "1",
+                                 "--retry_longest", "1")
+        server.send(make_message("late"), "carl@here.example")
+        until(lambda: server.get("/count")["count"] == 2, "the bounce")
+        self.assertIn("451 4.3.0 not now", json.dumps(server.get("/mail?mail_id=2")["mail_body"]))
+        self.assertEqual(self.wait_for_state(server, "failed")[0]["event"], "arrival")
+
+    def test_mx(self):
+        """Without --relay: the hosts that --dns_server names, in order, on port 25."""
+        zone = {("far.example", "MX"): [(20, "b.far.example"), (10, "a.far.example")],
+                ("a.far.example", "A"): ["127.9.8.7"], ("b.far.example", "A"): ["127.9.8.6"],
+                ("null.example", "MX"): [(0, ".")]}
+        names = NameServer(zone)
+        self.addCleanup(names.close)
+        try:
+            host = self.host(ehlo="8BITMIME", address=("127.9.8.6", 25))
+        except OSError as error:
+            self.skipTest(f"port 25: {error}")
+        server = self.run_server("--forward_to", "mailto:ann@far.example", "--forward_to",
+                                 "mailto:x@null.example", "--dns_server", names.name)
+        server.send(make_message("direct"))
+        self.wait_for_state(server, "delivered", target="mail far.example")
+        entry, = self.wait_for_state(server, "failed", target="mail null.example")
+        self.assertIn("556 5.1.10", entry["error"])
+        self.assertIn(b"Subject: direct", host.contents[0])
+
+
+def read_bytes(path):
+    """Return what is in a file."""
+    with open(path, "rb") as file:
+        return file.read()
 
 
 # -- Bounces --
@@ -11491,6 +11602,152 @@ class NginxStreamTest(NginxCase):
                 self.assertEqual(stored, message)
                 self.assertIn(f"from client.example ([{source}])\r\n", trace)
                 self.assertIn(f"with ESMTPS ({version} cipher {cipher} bits {bits})", trace)
+
+
+# -- Sub-commands: outbox and sendmail --
+
+class OutboxCommandTest(ForwardCase, FolderCase):
+    """pegmail.py outbox, beside a running server and without one."""
+
+    def command(self, *words, status=0, **options):
+        """Run it; return the lines it prints as lists, or what it says is wrong."""
+        found, out, err = self.run_pegmail("outbox", *words, **options)
+        self.assertEqual(found, status, out + err)
+        return [line.split("\t") for line in out.splitlines()] if not status else err
+
+    def test_beside_a_running_server(self):
+        """Retrying does not wait for the end of a long pause."""
+        target = self.target((503, {"Retry-After": "3600"}), 200)
+        server = self.run_server("--url", target.url, "--forward_parallel", "1",
+                                 folder=self.folder)
+        server.send(make_message("a"))
+        until(lambda: self.entries(server)[0]["attempts"], "an attempt")
+        server.send(make_message("b"))
+        rows = self.command("list")
+        self.assertEqual([row[:3] + row[4:] for row in rows], [
+            ["1", "waiting", "1", "1", "arrival", "url", "the target answered 503"],
+            ["2", "waiting", "0", "2", "arrival", "url", "-"]])
+        self.assertRegex(rows[0][3], r"^20\d\d-.*Z$")
+        self.assertEqual(self.command("list", "--state", "failed"), [])
+        self.assertEqual(len(self.command("list", "--target", "url")), 2)
+        self.assertEqual(self.command("drop", "2"), [])
+        self.assertIn("no delivery 2", self.command("drop", "2", status=1))
+        self.assertEqual(self.command("retry", "1"), [])
+        self.wait_for_state(server, "delivered")
+        self.assertEqual([post.json["subject"] for post in target.posts], ["a", "a"])
+
+    def test_without_a_server(self):
+        for words, status in ((["list"], 1), (["retry"], 2), (["shuffle"], 2), ([], 2),
+                              (["drop", "x"], 2), (["list", "--state", "lost"], 2)):
+            with self.subTest(words):
+                if words == ["retry"]:
+                    Running(folder=self.folder).__enter__().__exit__()
+                self.command(*words, status=status)
+        target = self.target(400)
+        server = self.run_server("--url", target.url, folder=self.folder)
+        server.send()
+        self.wait_for_state(server, "failed")
+        server.stop()
+        place = {"PEGMAIL_DB_PATH": self.path("mail.db")}
+        self.assertEqual(self.command("list", environ=place, cwd="/")[0][1], "failed")
+        self.command("retry", "1", "--db_path", self.path("mail.db"), cwd="/")
+        target.answers = [200]
+        server = self.run_server("--url", target.url, folder=self.folder)
+        self.wait_for_state(server, "delivered")
+
+
+class SendmailTest(ForwardCase, FolderCase):
+    """A drop-in for cron and scripts."""
+
+    def mail(self, text, *words, status=0, name="", **environ):
+        """Run sendmail in the folder; return what it says."""
+        clean = {key: value for key, value in os.environ.items() if key[:8] != "PEGMAIL_"}
+        program = [name] if name else [compiled() + "/pegmail.pyc", "sendmail"]
+        done = subprocess.run(
+            [sys.executable, *program, *words], input=text.encode(), cwd=self.folder,
+            timeout=DEADLINE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={**clean, "PEGMAIL_HOSTNAME": "box.example", **{
+                "PEGMAIL_" + key.upper(): str(value) for key, value in environ.items()}})
+        self.assertEqual(done.returncode, status, done.stdout)
+        return done.stdout.decode()
+
+    def latest(self, server):
+        """Return the newest message: JSON, and as it was sent."""
+        item = server.get("/latest")
+        return item, read_stored(server, item["mail_id"])[1].decode()
+
+    def test_to_a_server(self):
+        server = self.run_server(folder=self.folder)
+        place = {"smtp_port": server.smtp_port}
+        self.assertEqual(self.mail(
+            "To: Ann <ann@a.example>, bob@b.example\nCc: carl@c.example\n"
+            "Bcc: dora@d.example,\n eve@e.example\nSubject: report\nMessage-ID: <1@x>\n\nhi\n",
+            "-t", "-oi", "-f", "me@here.example", "-F", "Cron D\u00e4mon", **place), "")
+        item, text = self.latest(server)
+        self.assertEqual((item["mail_from"], item["mail_to"]), ("me@here.example", [
+            "ann@a.example", "bob@b.example", "carl@c.example", "dora@d.example",
+            "eve@e.example"]))
+        self.assertRegex(text, r"^(?s:.*)From: =\?utf-8\?.*\?= <me@here.example>\r\n")
+        self.assertRegex(text, r"(?m)^Date: \w{3}, .* [+-]\d{4}\r$")
+        self.assertEqual(text.count("Message-ID: "), 1)
+        self.assertNotIn("example,\r\n eve", text)
+        self.assertNotIn("Bcc", text)
+        self.assertTrue(text.endswith("Subject: report\r\nMessage-ID: <1@x>\r\n\r\nhi\r\n"), text)
+        for words, sent, kept in (
+                (["-i"], "a\n.\nb\n..\n", "a\r\n.\r\nb\r\n..\r\n"), ([], "a\n.\nb\n", "a\r\n"),
+                ([], ".\nb\n", ""), (["-oi"], "no end", "no end\r\n"),
+                (["-i"], "a\r\n\r\nb\n", "a\r\n\r\nb\r\n")):
+            with self.subTest(words, sent=sent):
+                self.mail("Subject: x\n\n" + sent, *words, "bob@b.example", **place)
+                self.assertEqual(self.latest(server)[1].partition("\r\n\r\n")[2], kept)
+        self.mail("no header here\nnor here\n", "root", "ann@a.example,bob@b.example", "-bm",
+                  "-odi", "-oem", "-B8BITMIME", "-v", **place)
+        item, text = self.latest(server)
+        self.assertEqual(item["mail_to"], ["root@box.example", "ann@a.example", "bob@b.example"])
+        self.assertEqual(item["mail_from"], pegmail.local_user() + "@box.example")
+        self.assertTrue(text.endswith("\r\n\r\nno header here\r\nnor here\r\n"), text)
+        self.mail("Subject: x\n\n\n", "-f", "<>", "--", "bob@b.example", **place)
+        self.assertEqual(self.latest(server)[0]["mail_from"], "")
+
+    def test_as_a_symlink_without_a_server(self):
+        """It is kept and goes on once the server runs."""
+        target = self.target()
+        os.symlink(compiled() + "/pegmail.pyc", self.path("sendmail"))
+        place = {"smtp_port": free_port(), "url": target.url}
+        self.mail("Subject: spooled\n\nhi\n", "-f", "me@x.example", "bob@b.example",
+                  name=self.path("sendmail"), **place)
+        server = self.run_server("--url", target.url, folder=self.folder)
+        item = server.get("/latest")
+        self.assertEqual((item["mail_subject"], item["mail_from"], item["mail_to"]),
+                         ("spooled", "me@x.example", ["bob@b.example"]))
+        self.assertEqual(self.wait_for_posts(target)[0].json["subject"], "spooled")
+        os.symlink(compiled() + "/pegmail.pyc", self.path("newaliases"))
+        os.symlink(compiled() + "/pegmail.pyc", self.path("mailq"))
+        self.assertEqual(self.mail("", name=self.path("newaliases")), "")
+        self.assertIn("\turl\t", self.mail("", name=self.path("mailq")))
+
+    def test_statuses(self):
+        """Those of sysexits.h."""
+        text, bob, port = "Subject: x\n\nhi\n", "bob@b.example", free_port()
+        for words, status, word, environ in (
+                ([], 64, "no recipients", {}), (["-t"], 64, "no recipients", {}),
+                (["-Z", bob], 64, "-Z", {}), ([bob], 65, "larger", {"max_size": 8}),
+                ([bob], 78, "max_size", {"max_size": "x"}),
+                ([bob], 69, "not taken here", {"server_host": "here.example"})):
+            with self.subTest(words, environ=environ):
+                said = self.mail(text, *words, status=status, smtp_port=port, **environ)
+                self.assertIn(word, said.lower())
+        server = self.run_server("--server_host", "here.example", folder=self.folder)
+        place = {"smtp_port": server.smtp_port}
+        self.assertIn("550", self.mail(text, bob, status=69, **place))
+        self.mail(text, bob, "ann@here.example", status=69, **place)
+        self.assertEqual(server.get("/latest")["mail_to"], ["ann@here.example"])
+        self.assertIn("no server listens", self.mail(text, bob, status=75, smtp_port=port))
+        with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as busy:
+            thread = threading.Thread(target=lambda: busy.accept()[0].close())
+            thread.start()
+            self.mail(text, bob, status=75, smtp_port=busy.getsockname()[1])
+            thread.join()
 
 
 # -- The shape of the repository --
