@@ -9984,8 +9984,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run the command line; return the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     prepare_output()
-    if os.path.basename(sys.argv[0]) in ("sendmail", "mailq", "newaliases"):
-        return sendmail(arguments)
+    called = os.path.basename(sys.argv[0])
+    if called in ("sendmail", "mailq", "newaliases"):
+        return (sendmail(arguments) if called == "sendmail" else
+                outbox_command(["list"]) if called == "mailq" else EX_OK)
     if arguments and arguments[0] in COMMANDS:
         return COMMANDS[arguments[0]](arguments[1:])
     try:
