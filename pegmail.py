@@ -10087,8 +10087,9 @@ def sendmail(arguments: Sequence[str]) -> int:
         return EX_USAGE
     sender = given.f if given.f is not None else f"{local_user()}@{domain_}"
     sender = "" if sender == "<>" else sender if "@" in sender else f"{sender}@{domain_}"
+    body = data[header_length(data):]
     content = (missing_fields(head, given.F, sender, settings.hostname) + head
-               + data[header_length(data):])
+               + (b"" if body[:1] in (b"", b"\r") else b"\r\n") + body)
     return hand_in(settings, sender, recipients, content)
 
 
