@@ -4612,8 +4612,8 @@ class Outbox:
                              "state <> 'delivered'", (ident,)).fetchone()
             if row is None:
                 return False
-            db.execute("UPDATE outbox SET state = 'waiting', due = ?, created = ?, attempts = 0 "
-                       "WHERE id = ?", (now, now, ident))
+            db.execute("UPDATE outbox SET state = 'waiting', due = 0, created = ?, attempts = 0 "
+                       "WHERE id = ?", (now, ident))
             self.fresh.add(row[0])
             return True
         return self.store.change(work)
@@ -7939,7 +7939,12 @@ class Couriers:
         while self.outbox.purge() and not self.stopping:
             pass
         soon = int((self.store.now() + HOUSE_SECONDS) * 1000)
-        self.wake([target for target, due in self.outbox.waiting().items() if due <= soon])
+        waiting = self.outbox.waiting()
+        with self.condition:
+            for lane in self.lanes.values():
+                if waiting.get(lane.target) == 0:   # an operator's retry ends the pause
+                    lane.failures = 0
+        self.wake([target for target, due in waiting.items() if due <= soon])
         return HOUSE_SECONDS
 
     def look_for_overdue(self) -> None:
@@ -8105,7 +8110,7 @@ class Couriers:
         due = self.outbox.forget_at(state)
         if state == "waiting":
             ordered = lane.count == 1   # then it stays the first, and the lane waits
-            due = entry.due if ordered else now + int(
+            due = entry.due or 1 if ordered else now + int(
                 1000 * (attempt.after or self.backoff(attempts)))
             log.warning("%s: delivery %d to %s is to be tried again: %s", entry.key, entry.id,
                         lane.target, attempt.error)
