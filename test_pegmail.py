@@ -7252,17 +7252,21 @@ class DurableTest(ForwardCase):
             begun.set()
             handler.server.over.wait(0.3)
             return 200
-        target, hanging = self.target(slow), self.target(hang)
-        server = self.run_server(*self.forward_to(target, hanging))
+        target, hanging, deaf = self.target(slow), self.target(hang), listening()
+        self.addCleanup(deaf.close)
+        server = self.run_server(*self.forward_to(target, hanging, "mailto:x@far.example"),
+                                 "--relay", "127.0.0.1:%d" % deaf.getsockname()[1])
         server.send()
         self.assertTrue(begun.wait(DEADLINE))
         self.wait_for_posts(hanging)
+        self.addCleanup(deaf.accept()[0].close)
         at = time.monotonic()
         self.assertEqual(server.stop(), 0)
         self.assertLess(time.monotonic() - at, 9)
         with contextlib.closing(sqlite3.connect(server.folder + "/mail.db")) as db:
             self.assertEqual(dict(db.execute("SELECT target, state FROM outbox")),
-                             {target.url: "delivered", hanging.url: "waiting"})
+                             {target.url: "delivered", hanging.url: "waiting",
+                              "mail far.example": "waiting"})
 
     def test_kill(self):
         """Twenty rounds: before the POST, during it, and between it and its being marked.
@@ -11731,7 +11735,7 @@ class SendmailTest(ForwardCase, FolderCase):
         text, bob, port = "Subject: x\n\nhi\n", "bob@b.example", free_port()
         for words, status, word, environ in (
                 ([], 64, "no recipients", {}), (["-t"], 64, "no recipients", {}),
-                (["-Z", bob], 64, "-Z", {}), ([bob], 65, "larger", {"max_size": 8}),
+                (["-Z", bob], 64, "-z", {}), ([bob], 65, "larger", {"max_size": 8}),
                 ([bob], 78, "max_size", {"max_size": "x"}),
                 ([bob], 69, "not taken here", {"server_host": "here.example"})):
             with self.subTest(words, environ=environ):
