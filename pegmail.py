@@ -7983,6 +7983,8 @@ class Couriers:
             if self.stopping or time.monotonic() - begun > SETTLE_SECONDS:
                 break
         self.outbox.settle(over)
+        if pause and not self.outbox.take(lane.target, lane.number, lane.count, 1):
+            return None                 # a webhook that is disabled now, and may come back
         return pause
 
     def attempt(self, lane: Lane, entry: Entry) -> Attempt:
