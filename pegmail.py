@@ -4577,14 +4577,18 @@ class Outbox:
         now = int(self.store.now() * 1000)
 
         def work(db: sqlite3.Connection) -> int:
-            rows = db.execute("SELECT id, message, only AND state = 'delivered' FROM outbox WHERE "
-                              "state <> 'waiting' AND due <= ? ORDER BY due LIMIT ?",
-                              (now, limit)).fetchall()
-            for ident, message, only in rows:
+            rows = db.execute("SELECT id, message FROM outbox WHERE state <> 'waiting' AND "
+                              "due <= ? ORDER BY due LIMIT ?", (now, limit)).fetchall()
+            for ident, message in rows:
+                goes, = db.execute("SELECT only = 2 OR only AND state = 'delivered' FROM outbox "
+                                   "WHERE id = ?", (ident,)).fetchone()
                 db.execute("DELETE FROM outbox WHERE id = ?", (ident,))
-                if only and not db.execute("SELECT 1 FROM outbox WHERE message = ?",
+                if goes and not db.execute("SELECT 1 FROM outbox WHERE message = ?",
                                            (message,)).fetchone():
                     self.store.delete_row(message, db)
+                elif goes:              # 2: the last of the webhooks' takes it along
+                    db.execute("UPDATE outbox SET only = 2 WHERE message = ? AND only = 0",
+                               (message,))
             return len(rows)
         return self.store.change(work)
 
