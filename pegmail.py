@@ -4186,14 +4186,19 @@ class Outbox:
         now = int(self.store.now() * 1000)
 
         def work(db: sqlite3.Connection) -> int:
-            rows = db.execute("SELECT id, message, only AND state = 'delivered' FROM outbox WHERE "
-                              "state <> 'waiting' AND state IN ('delivered', 'failed') AND "
-                              "due <= ? LIMIT ?", (now, limit)).fetchall()
-            for ident, message, only in rows:
+            rows = db.execute("SELECT id, message FROM outbox WHERE state <> 'waiting' AND state IN "
+                              "('delivered', 'failed') AND due <= ? LIMIT ?",
+                              (now, limit)).fetchall()
+            for ident, message in rows:
+                goes, = db.execute("SELECT only = 2 OR only AND state = 'delivered' FROM outbox "
+                                   "WHERE id = ?", (ident,)).fetchone()
                 db.execute("DELETE FROM outbox WHERE id = ?", (ident,))
-                if only and not db.execute("SELECT 1 FROM outbox WHERE message = ?",
+                if goes and not db.execute("SELECT 1 FROM outbox WHERE message = ?",
                                            (message,)).fetchone():
                     self.store.delete_row(message, db)
+                elif goes:              # 2: the last of the webhooks' takes it along
+                    db.execute("UPDATE outbox SET only = 2 WHERE message = ? AND only = 0",
+                               (message,))
             return len(rows)
         return self.store.change(work)
 
@@ -4224,8 +4229,8 @@ class Outbox:
                              "state <> 'delivered'", (ident,)).fetchone()
             if row is None:
                 return False
-            db.execute("UPDATE outbox SET state = 'waiting', due = ?, created = ?, attempts = 0 "
-                       "WHERE id = ?", (now, now, ident))
+            db.execute("UPDATE outbox SET state = 'waiting', due = 0, created = ?, attempts = 0 "
+                       "WHERE id = ?", (now, ident))
             self.fresh.add(row[0])
             return True
         return self.store.change(work)
@@ -7188,6 +7193,7 @@ class MailCourier:
         self.expires = 0.0                             # when the message at hand is given up
         self.client: Optional[MailClient] = None       # the connection that stayed open
         self.key: FrozenSet[str] = frozenset()         # and the hosts it is good for
+        self.talking: Optional[MailClient] = None      # the latest one, for abort()
 
     def send(self, domain: str, sender: str, recipients: Sequence[str], content: Source,
              head: bytes) -> Dict[str, Outcome]:
@@ -7209,6 +7215,13 @@ class MailCourier:
         client, self.client = self.client, None
         if client:
             client.leave()
+
+    def abort(self) -> None:
+        """End what takes too long; on any thread."""
+        sock = self.talking.sock if self.talking else None
+        if sock is not None:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
 
     def close_idle(self) -> None:
         """Close the connection that stayed open if it is idle for too long."""
@@ -7278,7 +7291,7 @@ class MailCourier:
 
     def greet(self, host: str, address: str, tls: bool = True) -> MailClient:
         """Return a connection that is ready for MAIL, or raise Refused."""
-        client = MailClient(self, host)
+        client = self.talking = MailClient(self, host)
         try:
             client.expect(*client.connect(address, self.relay.port if self.relay else 25))
             client.hello()
@@ -7636,7 +7649,12 @@ class Couriers:
         while self.outbox.purge() and not self.stopping:
             pass
         soon = int((self.store.now() + HOUSE_SECONDS) * 1000)
-        self.wake([target for target, due in self.outbox.waiting().items() if due <= soon])
+        waiting = self.outbox.waiting()
+        with self.condition:
+            for lane in self.lanes.values():
+                if waiting.get(lane.target) == 0:   # an operator's retry ends the pause
+                    lane.failures = 0
+        self.wake([target for target, due in waiting.items() if due <= soon])
         return HOUSE_SECONDS
 
     def look_for_overdue(self) -> None:
@@ -7672,6 +7690,8 @@ class Couriers:
         else:
             self.slow.discard(lane.target)
         self.outbox.settle(over)
+        if pause and not self.outbox.take(lane.target, lane.number, lane.count, 1):
+            return None                 # a webhook that is disabled now, and may come back
         return pause
 
     def attempt(self, lane: Lane, entry: Entry) -> Attempt:
@@ -7812,7 +7832,7 @@ class Couriers:
         self.attempts[state] += 1
         due = self.outbox.forget_at(state)
         if state == "waiting":
-            due = entry.due if lane.ordered else now + int(
+            due = (entry.due or 1) if lane.ordered else now + int(
                 1000 * (attempt.after or self.backoff(attempts)))
             log.warning("%s: delivery %d to %s is to be tried again: %s", entry.key, entry.id,
                         lane.target, attempt.error)
@@ -9691,8 +9711,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run the command line; return the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     prepare_output()
-    if os.path.basename(sys.argv[0]) in ("sendmail", "mailq", "newaliases"):
-        return sendmail(arguments)
+    called = os.path.basename(sys.argv[0])
+    if called in ("sendmail", "mailq", "newaliases"):
+        return (sendmail(arguments) if called == "sendmail" else
+                outbox_command(["list"]) if called == "mailq" else EX_OK)
     if arguments and arguments[0] in COMMANDS:
         return COMMANDS[arguments[0]](arguments[1:])
     try:
@@ -9793,8 +9815,9 @@ def sendmail(arguments: Sequence[str]) -> int:
         return EX_USAGE
     sender = given.f if given.f is not None else f"{local_user()}@{domain_}"
     sender = "" if sender == "<>" else sender if "@" in sender else f"{sender}@{domain_}"
+    body = data[header_length(data):]
     content = (missing_fields(head, given.F, sender, settings.hostname) + head
-               + data[header_length(data):])
+               + (b"" if body[:1] in (b"", b"\r") else b"\r\n") + body)
     return hand_in(settings, sender, recipients, content)
 
 

@@ -7163,19 +7163,29 @@ class ForwardTest(ForwardCase):
     def test_filters_and_forward_only(self):
         """Patterns in any case; what was forwarded goes, what was not stays."""
         everything, to_b, from_ann = self.target(), self.target(), self.target()
-        server = self.run_server(*self.forward_to(
+        hooked = self.target()
+        options = (*self.forward_to(
             everything.url + " to=*@*.example", to_b.url + " to=*@B.example",
-            from_ann.url + "   from=ANN@*\tto=*"), "--forward_only", "--outbox_keep", "0")
+            from_ann.url + "   from=ANN@*\tto=*"), "--forward_only", "--outbox_keep", "0",
+            "--webhook_allow", "127.0.0.0/8", "::1")
+        server = self.run_server(*options)
+        server.get("/api/webhooks?" + urllib.parse.urlencode(
+            {"mailbox_address": "u@b.example", "webhook_url": hooked.url}), method="POST")
         for sender, to in (("ann@x.org", "u@b.example"), ("x@x.org", "u@B.EXAMPLE"),
                            ("x@x.org", "u@c.example"), ("Ann@y.org", "u@c.org"),
                            ("x@x.org", "u@c.org")):
             server.send(make_message(f"{sender} {to}"), sender, (to, "other@none.test"))
+        for target, count in ((everything, 3), (to_b, 2), (from_ann, 2), (hooked, 2)):
+            self.wait_for_posts(target, count)
+        until(lambda: not server.get("/outbox")["counts"]["waiting"], "the end of all")
+        server.stop()
+        server = self.run_server(*options, folder=server.folder)    # and so it clears up at once
         until(lambda: server.get("/count")["count"] == 1, "the removal")
         self.assertEqual(server.get("/latest")["mail_subject"], "x@x.org u@c.org")
         self.assertEqual(self.entries(server), [])
         for target, subjects in (
-                (everything, ["Ann@y.org u@c.org", "ann@x.org u@b.example", "x@x.org u@B.EXAMPLE",
-                              "x@x.org u@c.example"][1:]),
+                (everything, ["ann@x.org u@b.example", "x@x.org u@B.EXAMPLE",
+                              "x@x.org u@c.example"]),
                 (to_b, ["ann@x.org u@b.example", "x@x.org u@B.EXAMPLE"]),
                 (from_ann, ["Ann@y.org u@c.org", "ann@x.org u@b.example"])):
             self.assertEqual(sorted(target.subjects()), subjects)
@@ -7252,17 +7262,21 @@ class DurableTest(ForwardCase):
             begun.set()
             handler.server.over.wait(0.3)
             return 200
-        target, hanging = self.target(slow), self.target(hang)
-        server = self.run_server(*self.forward_to(target, hanging))
+        target, hanging, deaf = self.target(slow), self.target(hang), listening()
+        self.addCleanup(deaf.close)
+        server = self.run_server(*self.forward_to(target, hanging, "mailto:x@far.example"),
+                                 "--relay", "127.0.0.1:%d" % deaf.getsockname()[1])
         server.send()
         self.assertTrue(begun.wait(DEADLINE))
         self.wait_for_posts(hanging)
+        self.addCleanup(deaf.accept()[0].close)
         at = time.monotonic()
         self.assertEqual(server.stop(), 0)
         self.assertLess(time.monotonic() - at, 9)
         with contextlib.closing(sqlite3.connect(server.folder + "/mail.db")) as db:
             self.assertEqual(dict(db.execute("SELECT target, state FROM outbox")),
-                             {target.url: "delivered", hanging.url: "waiting"})
+                             {target.url: "delivered", hanging.url: "waiting",
+                              "mail far.example": "waiting"})
 
     def test_kill(self):
         """Twenty rounds: before the POST, during it, and between it and its being marked.
@@ -7292,7 +7306,7 @@ class DurableTest(ForwardCase):
                         wire.deliver(make_message(subject))
                         sent.add(subject)
                 if number % 4:
-                    until(lambda: server.process.poll() is not None, "the kill")
+                    until(lambda: servers[-1].process.poll() is not None, "the kill")
             self.assertIsNotNone(server.process.poll())
             target.over.set()
             target.over.clear()
@@ -7338,6 +7352,263 @@ class DurableTest(ForwardCase):
         self.assertEqual(keys, [f"k{number:05}" for number in range(len(keys))])
 
 
+# -- Webhooks, and where they may lead --
+
+PRIVATE = """127.0.0.1 127.255.255.254 127.1 2130706433 0177.0.0.1 0x7f.1 0x7f000001 017700000001 0
+    0.0.0.0 10.0.0.1 100.64.0.1 100.127.255.254 169.254.169.254 172.16.0.1 172.31.255.255
+    192.0.0.1 192.0.2.1 192.168.0.1 198.18.0.1 198.51.100.1 203.0.113.1 224.0.0.1 239.1.1.1
+    240.0.0.1 255.255.255.255 :: ::1 ::ffff:127.0.0.1 ::ffff:10.0.0.1 ::127.0.0.1 64:ff9b::7f00:1
+    64:ff9b::a9fe:a9fe 64:ff9b:1::7f00:1 2002:7f00:1:: 2002:a00:1::1 2001:0:7f00:1:: 2001:db8::1
+    fe80::1 fe80::1%1 fec0::1 fc00::1 fd12::1 ff02::1 100::1 localhost""".split()
+PUBLIC = """8.8.8.8 93.184.216.34 100.63.255.255 100.128.0.1 172.32.0.1 2606:4700::1111
+    ::ffff:8.8.8.8 64:ff9b::808:808""".split()
+
+
+class EgressTest(unittest.TestCase):
+    """The one way out, for what a user of the API named."""
+
+    def test_addresses(self):
+        for host in PRIVATE:
+            with self.subTest(host), mock.patch("socket.socket.connect") as connect:
+                with self.assertRaises(OSError) as caught:
+                    pegmail.Door([]).connect(host, 80, 1)
+                self.assertFalse(connect.called)
+                if not isinstance(caught.exception, socket.gaierror):
+                    self.assertIsInstance(caught.exception, pegmail.Forbidden)
+        for host in PUBLIC:
+            self.assertTrue(pegmail.Door([]).may_reach(host), host)
+            self.assertTrue(pegmail.Door().may_reach(host), host)
+        self.assertTrue(pegmail.Door().may_reach("127.0.0.1"))
+
+    def test_allowed_networks(self):
+        door = pegmail.Door(list(map(ipaddress.ip_network, ("10.0.0.0/8", "::1"))))
+        for address, allowed in (("10.1.2.3", True), ("11.1.2.3", True), ("192.168.0.1", False),
+                                 ("::1", True), ("::ffff:10.0.0.1", True), ("127.0.0.1", False),
+                                 ("64:ff9b::a00:1", True), ("64:ff9b::7f00:1", False)):
+            with self.subTest(address):
+                self.assertEqual(door.may_reach(address), allowed)
+
+    def test_what_is_checked_is_what_is_connected_to(self):
+        """DNS rebinding: the name is looked up once."""
+        def found(address):
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 80))]
+        door = pegmail.Door([])
+        answers = [found("8.8.8.8"), found("127.0.0.1")]
+        with mock.patch("socket.getaddrinfo", side_effect=answers) as ask, \
+                mock.patch("socket.socket.connect") as connect:
+            door.connect("evil.example", 80, 1).close()
+            self.assertEqual(ask.call_count, 1)
+            connect.assert_called_once_with(("8.8.8.8", 80))
+            with self.assertRaises(pegmail.Forbidden):
+                door.connect("evil.example", 80, 1)
+            self.assertEqual(connect.call_count, 1)
+
+    def test_urls(self):
+        """What a URL's host may be written as is of no use, nor is a URL that is none."""
+        client = pegmail.WebClient(pegmail.Door([]), pegmail.web_context(pegmail.Settings()), 1)
+        for url in ("http://2130706433/", "http://0x7f.1:80/", "http://\u2460\u2461\u2466.0.0.1/",
+                    "http://127\u30020\u30020\u30021/", "http://[::ffff:7f00:1]/",
+                    "http://8.8.8.8@127.0.0.1/", "http://localhost#@8.8.8.8/", "ftp://8.8.8.8/",
+                    "http://", "http:///x", "http://[::1/", "http://8.8.8.8:x/", "x", "",
+                    "http://8.8.8.8/\r\nX: y", "http://8.8.8.8:99999/", "file:///etc/passwd"):
+            with self.subTest(url), self.assertRaises(pegmail.Forbidden):
+                client.request("POST", url, {})
+        for url in ("http://.example/", "http://a..example/", "https://%/", "http://xn--/"):
+            with self.subTest(url), self.assertRaises(OSError):
+                client.request("POST", url, {})
+
+
+class WebhookTest(ForwardCase):
+    """Events of a mailbox, in the shapes of dynip-email."""
+
+    def setUp(self):
+        self.server = self.run_server("--webhook_allow", "127.0.0.1", "::1",
+                                      "--webhook_failures", "2")
+
+    def call(self, path, method="GET", status=200, server=None, headers=(), **values):
+        """Call the API with JSON; return its answer."""
+        body = json.dumps(values).encode() if values else None
+        found, _, answer = (server or self.server).request(
+            path, method, {"Content-Type": "application/json", **dict(headers)}, body)
+        self.assertEqual(found, status, answer)
+        return json.loads(answer)
+
+    def hook(self, target, mailbox="b@example.com", server=None, **values):
+        """Make a webhook; return its id."""
+        return self.call("/api/webhooks", "POST", server=server, mailbox_address=mailbox,
+                         webhook_url=getattr(target, "url", target), **values)["id"]
+
+    def test_life(self):
+        """Made, shown, changed, deleted."""
+        ident = self.hook("app.example.com/in", "Bob@Example.COM", events=["arrival", "read"])
+        shown = self.call(f"/api/webhook/{ident}")
+        self.assertRegex(shown.pop("created_at"), r"^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ$")
+        self.assertEqual(shown, {
+            "id": ident, "mailbox_address": "bob@example.com", "enabled": True, "failures": 0,
+            "webhook_url": "http://app.example.com/in", "events": ["arrival", "read"],
+            "last_error": ""})
+        other = self.hook("https://app.example.com/two", "bob@example.com")
+        self.assertEqual([hook["id"] for hook in self.call("/api/webhooks/BOB@example.com")],
+                         [ident, other])
+        self.assertEqual(self.call(f"/api/webhook/{other}")["events"], ["arrival"])
+        changed = self.call(f"/api/webhook/{ident}", "PUT", events="deletion", enabled=0,
+                            webhook_url="https://b.example/")
+        self.assertEqual((changed["events"], changed["enabled"], changed["webhook_url"]),
+                         (["deletion"], False, "https://b.example/"))
+        self.assertEqual(self.call(f"/api/webhook/{ident}", "DELETE"), {"deleted": 1})
+        self.assertEqual(len(self.call("/api/webhooks/bob%40example.com")), 1)
+        self.assertEqual(self.call("/api/webhooks/nobody@example.com"), [])
+        for path, method in ((f"/api/webhook/{ident}", "GET"), (f"/api/webhook/{ident}", "PUT"),
+                             (f"/api/webhook/{ident}", "DELETE"), ("/api/webhook/%00", "GET"),
+                             (f"/api/webhook/{ident}/test", "POST")):
+            self.assertIn("error", self.call(path, method, 400 if "%00" in path else 404))
+
+    def test_wrong_values(self):
+        good = {"mailbox_address": "b@example.com", "webhook_url": "https://app.example.com/"}
+        for wrong in ({"mailbox_address": "b"}, {"mailbox_address": ""}, {"webhook_url": "ftp://x/"},
+                      {"webhook_url": ""}, {"webhook_url": "http://"}, {"webhook_url": "http://[/"},
+                      {"webhook_url": "http://a b/"}, {"webhook_url": "https://a/" + "x" * 2000},
+                      {"events": "arrival, departure"}, {"nonsense": "1"},
+                      {"webhook_url": "http://10.0.0.1/"}, {"webhook_url": "http://[::]/"},
+                      {"webhook_url": "http://169.254.169.254/latest/meta-data"}):
+            with self.subTest(wrong):
+                name, = wrong
+                self.assertIn(name, self.call("/api/webhooks", "POST", 400, **{**good, **wrong})
+                              ["error"])
+        ident = self.hook("https://app.example.com/")
+        for wrong in ({"webhook_url": "http://10.0.0.1/"}, {"enabled": 2}, {"events": "x"}):
+            self.call(f"/api/webhook/{ident}", "PUT", 400, **wrong)
+        evil = {"Origin": "http://evil.example"}
+        for path, method in (("/api/webhooks", "POST"), (f"/api/webhook/{ident}", "PUT"),
+                             (f"/api/webhook/{ident}", "DELETE"), ("/outbox/1", "DELETE"),
+                             (f"/api/webhook/{ident}/test", "POST"), ("/outbox/1/retry", "POST")):
+            self.call(path, method, 403, headers=evil)
+        self.assertEqual(self.call(f"/api/webhook/{ident}")["enabled"], True)
+
+    def test_events(self):
+        """Arrival, read, deletion and test; only what was asked for, for each mailbox its own."""
+        target, other, silent = self.target(), self.target(), self.target()
+        ident = self.hook(target, "Bob@Example.com", events="arrival deletion read")
+        self.hook(other, "carl@example.com")
+        self.hook(silent, "nobody@example.com", events="arrival deletion read")
+        mail = self.server.send(make_message("first", "Email content\r\n"), "a@example.com",
+                                ("bob@EXAMPLE.com", "carl@example.com", "bob@example.com"))
+        arrival, = self.wait_for_posts(target)
+        self.assertEqual(list(arrival.json), ["event", "mailbox", "webhook_id", "timestamp",
+                                              "email"])
+        self.assertRegex(arrival.json["timestamp"], r"^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ$")
+        email_ = arrival.json["email"]
+        self.assertEqual({**arrival.json, "timestamp": "", "email": ""}, {
+            "event": "arrival", "mailbox": "bob@example.com", "webhook_id": ident,
+            "timestamp": "", "email": ""})
+        self.assertEqual(list(email_), ["id", "to", "from", "subject", "body", "timestamp",
+                                        "attachments"])
+        self.assertEqual({**email_, "timestamp": ""}, {
+            "id": str(mail), "to": "bob@example.com", "from": "a@example.com", "subject": "first",
+            "body": "Email content\n", "timestamp": "", "attachments": 0})
+        self.assertEqual(arrival.headers["Content-Type"], "application/json")
+        self.assertTrue(arrival.headers["webhook-id"])
+        self.server.get(f"/set_read?mail_id={mail}&is_read=1", method="POST")
+        self.server.get(f"/set_read?mail_id={mail}&is_read=1", method="POST")
+        self.server.get(f"/delete?mail_id={mail}", method="POST")
+        number = self.call(f"/api/webhook/{ident}/test", "POST")["outbox_id"]
+        posts = self.wait_for_posts(target, 4)
+        self.assertEqual([post.json["event"] for post in posts],
+                         ["arrival", "read", "deletion", "test"])
+        self.assertEqual(posts[2].json["email"]["subject"], "first")
+        self.assertIn("message", posts[3].json)
+        self.assertEqual(len({post.headers["webhook-id"] for post in posts}), 4)
+        entry = until(lambda: self.entries(self.server, state="delivered", after=number - 1),
+                      "its end")[0]
+        self.assertEqual((entry["id"], entry["event"], entry["target"]),
+                         (number, "test", f"webhook {ident}"))
+        self.assertEqual([post.json["mailbox"] for post in other.posts], ["carl@example.com"])
+        self.assertEqual(silent.posts, [])
+
+    def test_a_body_from_html_and_attachments(self):
+        small, large = b"small \x00\xff", b"y" * 3000
+        message = crlf("Subject: s", 'Content-Type: multipart/mixed; boundary="=b"', "", "--=b",
+                       "Content-Type: text/html", "", "<p>Hello <b>wor</b>ld &amp; all</p>",
+                       *(line for name, data in (("a.bin", small), ("b.bin", large)) for line in (
+                           "--=b", "Content-Type: application/octet-stream",
+                           f"Content-Disposition: attachment; filename={name}",
+                           "Content-Transfer-Encoding: base64", "", *base64_lines(data))), "--=b--")
+        common = [{"filename": name, "mime": "application/octet-stream", "size": len(data),
+                   "hash": media_name(data)} for name, data in (("a.bin", small), ("b.bin", large))]
+        links = [{**file, "url": "https://mail.example/x/media?hash=" + file["hash"]}
+                 for file in common]
+        content = {**common[0], "content": base64.b64encode(small).decode()}
+        for kind, files in (("none", None), ("links", links), ("base64", [content, links[1]])):
+            target = self.target()
+            server = self.run_server("--webhook_allow", "127.0.0.1", "--attachments", kind,
+                                     "--attachments_size", "1K", "--api_url",
+                                     "https://mail.example/x/")
+            self.hook(target, server=server)
+            server.send(message)
+            email_ = self.wait_for_posts(target)[0].json["email"]
+            with self.subTest(kind):
+                self.assertEqual((email_["body"], email_["attachments"], email_.get("files")),
+                                 ("Hello world & all", 2, files))
+
+    def test_disabled_after_failures(self):
+        target, other = self.target(500), self.target()
+        ident = self.hook(target)
+        self.hook(other)
+        self.server.send(make_message("lost"))
+        hook = until(lambda: (lambda hook: hook if not hook["enabled"] else None)(
+            self.call(f"/api/webhook/{ident}")), "the end of patience")
+        self.assertEqual((hook["failures"], hook["last_error"]), (2, "the target answered 500"))
+        entry, = self.wait_for_state(self.server, "failed")
+        self.assertEqual(entry["target"], f"webhook {ident}")
+        until(lambda: "is disabled" in self.server.text(), "the log")
+        self.server.send(make_message("not told of"))
+        self.wait_for_posts(other, 2)
+        target.answers = [200]
+        hook = self.call(f"/api/webhook/{ident}", "PUT", enabled=1)
+        self.assertEqual((hook["enabled"], hook["failures"], hook["last_error"]), (True, 0, ""))
+        self.server.send(make_message("told of"))
+        self.assertEqual(self.wait_for_posts(target, 3)[2].json["email"]["subject"], "told of")
+        self.assertEqual(self.call(f"/api/webhook/{ident}")["failures"], 0)
+
+    def test_where_it_may_not_lead(self):
+        """Names are looked at when they are called; a redirect too."""
+        inner = self.target()
+        port = inner.server_port
+        guest = self.target((303, {"Location": f"http://2130706434:{port}/"}))
+        inner_urls = (f"http://127.0.0.2:{port}/", f"http://0177.0.0.2:{port}/",
+                      f"http://localhost.:{port}/", f"http://2130706434:{port}/")
+        self.call("/api/webhooks", "POST", 400, mailbox_address="b@example.com",
+                  webhook_url=inner_urls[0])
+        idents = [self.hook(url) for url in (*inner_urls[1:2], *inner_urls[3:], guest.url)]
+        self.server.send()
+        for entry in self.wait_for_state(self.server, "failed", len(idents)):
+            self.assertIn("not a public address", entry["error"])
+        self.assertEqual((inner.posts, len(guest.posts)), ([], 1))
+
+    def test_outbox_routes(self):
+        """Filters, retrying and dropping."""
+        target, dead = self.target(400, 200), f"http://127.0.0.1:{free_port()}/"
+        server = self.run_server(*self.forward_to(target, dead))
+        mail = server.send()
+        entry, = self.wait_for_state(server, "failed")
+        self.assertEqual((entry["mail_id"], entry["event"], entry["attempts"], entry["recipients"],
+                          entry["error"]), (mail, "arrival", 1, [], "the target answered 400"))
+        self.assertEqual(self.entries(server, state="failed", target=dead), [])
+        waiting, = self.entries(server, target=dead)
+        self.assertEqual(self.entries(server, after=max(entry["id"], waiting["id"])), [])
+        self.assertEqual(self.call(f"/outbox/{entry['id']}/retry", "POST", server=server),
+                         {"retried": 1})
+        self.wait_for_state(server, "delivered")
+        self.assertEqual(target.posts[0].headers["webhook-id"],
+                         target.posts[1].headers["webhook-id"])
+        self.call(f"/outbox/{entry['id']}/retry", "POST", 404, server=server)
+        for ident in (waiting["id"], entry["id"]):
+            self.assertEqual(self.call(f"/outbox/{ident}", "DELETE", server=server),
+                             {"deleted": 1})
+            self.call(f"/outbox/{ident}", "DELETE", 404, server=server)
+        self.assertEqual(self.entries(server), [])
+
+
 # -- Mail to other hosts --
 
 class MailHost:
@@ -7347,12 +7618,12 @@ class MailHost:
     """
 
     def __init__(self, script=None, ehlo="SIZE 100000\n8BITMIME\nSMTPUTF8", context=None,
-                 tls_first=False):
+                 tls_first=False, address=None):
         self.script = {key: list(value) if isinstance(value, list) else value
                        for key, value in (script or {}).items()}
         self.ehlo, self.context, self.tls_first = ehlo, context, tls_first
         self.lines, self.contents, self.connections = [], [], 0
-        self.sock = listening()
+        self.sock = socket.create_server(address) if address else listening()
         self.port = self.sock.getsockname()[1]
         self.thread = threading.Thread(target=self.serve)
         self.thread.start()
@@ -7785,6 +8056,117 @@ class SecureCourierTest(CourierCase):
         host = self.host({"AUTH": "535 5.7.8 wrong"}, ehlo="AUTH PLAIN")
         outcome = self.send(self.relay_to(host, "plain", "user", "secret"))["bob@one.example"]
         self.assertEqual(outcome[:4], ("retry", 535, "5.7.8", "wrong"))
+
+
+class RelayTest(ForwardCase):
+    """Forwards to mail addresses, with the whole program."""
+
+    TO = ("--forward_to", "mailto:ann@far.example", "--relay_tls", "plain")
+
+    def host(self, *args, **options):
+        """Return a MailHost."""
+        host = MailHost(*args, **options)
+        self.addCleanup(host.close)
+        return host
+
+    def test_smtp_sink(self):
+        folder, port = self.new_folder(), free_port()
+        os.chmod(folder, 0o777)
+        user = ["-u", "nobody"] if os.getuid() == 0 else []
+        sink = subprocess.Popen([need("smtp-sink"), *user, "-d", folder + "/m.",
+                                 f"127.0.0.1:{port}", "10"], stderr=subprocess.DEVNULL)
+        self.addCleanup(sink.wait)
+        self.addCleanup(sink.terminate)
+        server = self.run_server(*self.TO, "--relay", f"127.0.0.1:{port}")
+        with server.connect() as wire:
+            for number in range(20):
+                wire.deliver(make_message(f"m{number}", ".dots\r\n..\r\nh\u00e9\r\n" * 1000))
+        self.wait_for_state(server, "delivered", 20)
+        texts = [read_bytes(os.path.join(folder, name)) for name in os.listdir(folder)]
+        self.assertEqual(sorted(re.search(rb"Subject: (\w+)", text).group(1).decode()
+                                for text in texts), sorted(f"m{number}" for number in range(20)))
+        for text in texts:
+            self.assertEqual(text.count("\n.dots\n..\nh\u00e9".encode()), 1000)
+            self.assertNotIn(b"Return-Path", text)
+            self.assertIn(b"<ann@far.example>", text)
+
+    def test_password_and_tls(self):
+        certificate, context = self.certificate()
+        host = self.host(context=context, ehlo="AUTH PLAIN")
+        plain = self.host(ehlo="AUTH PLAIN")
+        for there, state in ((host, "delivered"), (plain, "waiting")):
+            server = self.run_server(
+                "--forward_to", "mailto:ann@far.example", "--relay", f"localhost:{there.port}",
+                "--relay_tls", "starttls", "--relay_user", "user", "--relay_password", "secret",
+                "--ca_file", certificate.cert)
+            server.send()
+            until(lambda server=server, state=state: [
+                entry for entry in self.entries(server, state=state, target="mail far.example")
+                if entry["attempts"]], state)
+            self.assertNotIn("secret", server.text())
+        self.assertIn("AUTH PLAIN " + pegmail.base64_text("\0user\0secret"), host.lines)
+        self.assertFalse([line for line in plain.lines if line[:4] in ("AUTH", "MAIL")])
+
+    def test_bounce(self):
+        """Kept here if every domain is ours; sent on if not; none for a bounce."""
+        host = self.host({"RCPT": "550 5.1.1 no such user"}, ehlo="8BITMIME")
+        server = self.run_server(*self.TO, "--relay", f"127.0.0.1:{host.port}")
+        server.send(make_message("lost"), "carl@here.example")
+        until(lambda: server.get("/count")["count"] == 2, "the bounce")
+        bounce = server.get("/mail?mail_id=2")
+        self.assertEqual((bounce["mail_from"], bounce["mail_to"], bounce["mail_subject"]),
+                         ("", ["carl@here.example"], "Not delivered: lost"))
+        self.assertIn("no such user", json.dumps(bounce["mail_body"]))
+        entry, = self.wait_for_state(server, "failed")
+        self.assertEqual((entry["target"], entry["recipients"], entry["error"]),
+                         ("mail far.example", ["ann@far.example"], "550 5.1.1 no such user"))
+        server.send(make_message("bounce"), "")
+        self.wait_for_state(server, "failed", 2)
+        self.assertEqual(server.get("/count")["count"], 3)
+        host = self.host({"<ann@far.example>": "550 5.1.1 no"}, ehlo="8BITMIME")
+        server = self.run_server(*self.TO, "--relay", f"127.0.0.1:{host.port}", "--server_host",
+                                 "here.example")
+        server.send(make_message("lost"), "dora@else.example", ("b@here.example",))
+        until(lambda: host.contents, "the bounce")
+        self.assertIn(b"To: <dora@else.example>\r\n", host.contents[0])
+        self.assertIn("MAIL FROM:<>", host.lines)
+        self.assertIn("RCPT TO:<dora@else.example>", host.lines)
+        self.assertEqual(server.get("/count")["count"], 1)
+
+    def test_given_up(self):
+        """A host that never wants it now: after --retry_for the sender is told."""
+        host = self.host({"RCPT": "451 4.3.0 not now"}, ehlo="8BITMIME")
+        server = self.run_server(*self.TO, "--relay", f"127.0.0.1:{host.port}", "--retry_for", "1",
+                                 "--retry_longest", "1")
+        server.send(make_message("late"), "carl@here.example")
+        until(lambda: server.get("/count")["count"] == 2, "the bounce")
+        self.assertIn("451 4.3.0 not now", json.dumps(server.get("/mail?mail_id=2")["mail_body"]))
+        self.assertEqual(self.wait_for_state(server, "failed")[0]["event"], "arrival")
+
+    def test_mx(self):
+        """Without --relay: the hosts that --dns_server names, in order, on port 25."""
+        zone = {("far.example", "MX"): [(20, "b.far.example"), (10, "a.far.example")],
+                ("a.far.example", "A"): ["127.9.8.7"], ("b.far.example", "A"): ["127.9.8.6"],
+                ("null.example", "MX"): [(0, ".")]}
+        names = NameServer(zone)
+        self.addCleanup(names.close)
+        try:
+            host = self.host(ehlo="8BITMIME", address=("127.9.8.6", 25))
+        except OSError as error:
+            self.skipTest(f"port 25: {error}")
+        server = self.run_server("--forward_to", "mailto:ann@far.example", "--forward_to",
+                                 "mailto:x@null.example", "--dns_server", names.name)
+        server.send(make_message("direct"))
+        self.wait_for_state(server, "delivered", target="mail far.example")
+        entry, = self.wait_for_state(server, "failed", target="mail null.example")
+        self.assertIn("556 5.1.10", entry["error"])
+        self.assertIn(b"Subject: direct", host.contents[0])
+
+
+def read_bytes(path):
+    """Return what is in a file."""
+    with open(path, "rb") as file:
+        return file.read()
 
 
 # -- Bounces --
@@ -11234,6 +11616,152 @@ class NginxStreamTest(NginxCase):
                 self.assertEqual(stored, message)
                 self.assertIn(f"from client.example ([{source}])\r\n", trace)
                 self.assertIn(f"with ESMTPS ({version} cipher {cipher} bits {bits})", trace)
+
+
+# -- Sub-commands: outbox and sendmail --
+
+class OutboxCommandTest(ForwardCase, FolderCase):
+    """pegmail.py outbox, beside a running server and without one."""
+
+    def command(self, *words, status=0, **options):
+        """Run it; return the lines it prints as lists, or what it says is wrong."""
+        found, out, err = self.run_pegmail("outbox", *words, **options)
+        self.assertEqual(found, status, out + err)
+        return [line.split("\t") for line in out.splitlines()] if not status else err
+
+    def test_beside_a_running_server(self):
+        """Retrying does not wait for the end of a long pause."""
+        target = self.target((503, {"Retry-After": "3600"}), 200)
+        server = self.run_server("--url", target.url, "--forward_parallel", "1",
+                                 folder=self.folder)
+        server.send(make_message("a"))
+        until(lambda: self.entries(server)[0]["attempts"], "an attempt")
+        server.send(make_message("b"))
+        rows = self.command("list")
+        self.assertEqual([row[:3] + row[4:] for row in rows], [
+            ["1", "waiting", "1", "1", "arrival", "url", "the target answered 503"],
+            ["2", "waiting", "0", "2", "arrival", "url", "-"]])
+        self.assertRegex(rows[0][3], r"^20\d\d-.*Z$")
+        self.assertEqual(self.command("list", "--state", "failed"), [])
+        self.assertEqual(len(self.command("list", "--target", "url")), 2)
+        self.assertEqual(self.command("drop", "2"), [])
+        self.assertIn("no delivery 2", self.command("drop", "2", status=1))
+        self.assertEqual(self.command("retry", "1"), [])
+        self.wait_for_state(server, "delivered")
+        self.assertEqual([post.json["subject"] for post in target.posts], ["a", "a"])
+
+    def test_without_a_server(self):
+        for words, status in ((["list"], 1), (["retry"], 2), (["shuffle"], 2), ([], 2),
+                              (["drop", "x"], 2), (["list", "--state", "lost"], 2)):
+            with self.subTest(words):
+                if words == ["retry"]:
+                    Running(folder=self.folder).__enter__().__exit__()
+                self.command(*words, status=status)
+        target = self.target(400)
+        server = self.run_server("--url", target.url, folder=self.folder)
+        server.send()
+        self.wait_for_state(server, "failed")
+        server.stop()
+        place = {"PEGMAIL_DB_PATH": self.path("mail.db")}
+        self.assertEqual(self.command("list", environ=place, cwd="/")[0][1], "failed")
+        self.command("retry", "1", "--db_path", self.path("mail.db"), cwd="/")
+        target.answers = [200]
+        server = self.run_server("--url", target.url, folder=self.folder)
+        self.wait_for_state(server, "delivered")
+
+
+class SendmailTest(ForwardCase, FolderCase):
+    """A drop-in for cron and scripts."""
+
+    def mail(self, text, *words, status=0, name="", **environ):
+        """Run sendmail in the folder; return what it says."""
+        clean = {key: value for key, value in os.environ.items() if key[:8] != "PEGMAIL_"}
+        program = [name] if name else [compiled() + "/pegmail.pyc", "sendmail"]
+        done = subprocess.run(
+            [sys.executable, *program, *words], input=text.encode(), cwd=self.folder,
+            timeout=DEADLINE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={**clean, "PEGMAIL_HOSTNAME": "box.example", **{
+                "PEGMAIL_" + key.upper(): str(value) for key, value in environ.items()}})
+        self.assertEqual(done.returncode, status, done.stdout)
+        return done.stdout.decode()
+
+    def latest(self, server):
+        """Return the newest message: JSON, and as it was sent."""
+        item = server.get("/latest")
+        return item, read_stored(server, item["mail_id"])[1].decode()
+
+    def test_to_a_server(self):
+        server = self.run_server(folder=self.folder)
+        place = {"smtp_port": server.smtp_port}
+        self.assertEqual(self.mail(
+            "To: Ann <ann@a.example>, bob@b.example\nCc: carl@c.example\n"
+            "Bcc: dora@d.example,\n eve@e.example\nSubject: report\nMessage-ID: <1@x>\n\nhi\n",
+            "-t", "-oi", "-f", "me@here.example", "-F", "Cron D\u00e4mon", **place), "")
+        item, text = self.latest(server)
+        self.assertEqual((item["mail_from"], item["mail_to"]), ("me@here.example", [
+            "ann@a.example", "bob@b.example", "carl@c.example", "dora@d.example",
+            "eve@e.example"]))
+        self.assertRegex(text, r"^(?s:.*)From: =\?utf-8\?.*\?= <me@here.example>\r\n")
+        self.assertRegex(text, r"(?m)^Date: \w{3}, .* [+-]\d{4}\r$")
+        self.assertEqual(text.count("Message-ID: "), 1)
+        self.assertNotIn("example,\r\n eve", text)
+        self.assertNotIn("Bcc", text)
+        self.assertTrue(text.endswith("Subject: report\r\nMessage-ID: <1@x>\r\n\r\nhi\r\n"), text)
+        for words, sent, kept in (
+                (["-i"], "a\n.\nb\n..\n", "a\r\n.\r\nb\r\n..\r\n"), ([], "a\n.\nb\n", "a\r\n"),
+                ([], ".\nb\n", ""), (["-oi"], "no end", "no end\r\n"),
+                (["-i"], "a\r\n\r\nb\n", "a\r\n\r\nb\r\n")):
+            with self.subTest(words, sent=sent):
+                self.mail("Subject: x\n\n" + sent, *words, "bob@b.example", **place)
+                self.assertEqual(self.latest(server)[1].partition("\r\n\r\n")[2], kept)
+        self.mail("no header here\nnor here\n", "root", "ann@a.example,bob@b.example", "-bm",
+                  "-odi", "-oem", "-B8BITMIME", "-v", **place)
+        item, text = self.latest(server)
+        self.assertEqual(item["mail_to"], ["root@box.example", "ann@a.example", "bob@b.example"])
+        self.assertEqual(item["mail_from"], pegmail.local_user() + "@box.example")
+        self.assertTrue(text.endswith("\r\n\r\nno header here\r\nnor here\r\n"), text)
+        self.mail("Subject: x\n\n\n", "-f", "<>", "--", "bob@b.example", **place)
+        self.assertEqual(self.latest(server)[0]["mail_from"], "")
+
+    def test_as_a_symlink_without_a_server(self):
+        """It is kept and goes on once the server runs."""
+        target = self.target()
+        os.symlink(compiled() + "/pegmail.pyc", self.path("sendmail"))
+        place = {"smtp_port": free_port(), "url": target.url}
+        self.mail("Subject: spooled\n\nhi\n", "-f", "me@x.example", "bob@b.example",
+                  name=self.path("sendmail"), **place)
+        server = self.run_server("--url", target.url, folder=self.folder)
+        item = server.get("/latest")
+        self.assertEqual((item["mail_subject"], item["mail_from"], item["mail_to"]),
+                         ("spooled", "me@x.example", ["bob@b.example"]))
+        self.assertEqual(self.wait_for_posts(target)[0].json["subject"], "spooled")
+        os.symlink(compiled() + "/pegmail.pyc", self.path("newaliases"))
+        os.symlink(compiled() + "/pegmail.pyc", self.path("mailq"))
+        self.assertEqual(self.mail("", name=self.path("newaliases")), "")
+        self.assertIn("\turl\t", self.mail("", name=self.path("mailq")))
+
+    def test_statuses(self):
+        """Those of sysexits.h."""
+        text, bob, port = "Subject: x\n\nhi\n", "bob@b.example", free_port()
+        for words, status, word, environ in (
+                ([], 64, "no recipients", {}), (["-t"], 64, "no recipients", {}),
+                (["-Z", bob], 64, "-z", {}), ([bob], 65, "larger", {"max_size": 8}),
+                ([bob], 78, "max_size", {"max_size": "x"}),
+                ([bob], 69, "not taken here", {"server_host": "here.example"})):
+            with self.subTest(words, environ=environ):
+                said = self.mail(text, *words, status=status, smtp_port=port, **environ)
+                self.assertIn(word, said.lower())
+        server = self.run_server("--server_host", "here.example", folder=self.folder)
+        place = {"smtp_port": server.smtp_port}
+        self.assertIn("550", self.mail(text, bob, status=69, **place))
+        self.mail(text, bob, "ann@here.example", status=69, **place)
+        self.assertEqual(server.get("/latest")["mail_to"], ["ann@here.example"])
+        self.assertIn("no server listens", self.mail(text, bob, status=75, smtp_port=port))
+        with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as busy:
+            thread = threading.Thread(target=lambda: busy.accept()[0].close())
+            thread.start()
+            self.mail(text, bob, status=75, smtp_port=busy.getsockname()[1])
+            thread.join()
 
 
 # -- The shape of the repository --
