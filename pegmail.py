@@ -4186,8 +4186,8 @@ class Outbox:
         now = int(self.store.now() * 1000)
 
         def work(db: sqlite3.Connection) -> int:
-            rows = db.execute("SELECT id, message FROM outbox WHERE state <> 'waiting' AND state IN "
-                              "('delivered', 'failed') AND due <= ? LIMIT ?",
+            rows = db.execute("SELECT id, message FROM outbox WHERE state <> 'waiting' AND "
+                              "state IN ('delivered', 'failed') AND due <= ? LIMIT ?",
                               (now, limit)).fetchall()
             for ident, message in rows:
                 goes, = db.execute("SELECT only = 2 OR only AND state = 'delivered' FROM outbox "
