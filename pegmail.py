@@ -8838,9 +8838,9 @@ class APIHandler(http.server.BaseHTTPRequestHandler):
 
 def plain_text(value: Any) -> str:
     """Return a value of JSON as the text that a form would hold."""
-    if isinstance(value, list):
-        return " ".join(map(plain_text, value))
-    if value is None or isinstance(value, dict):
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return " ".join(value)
+    if value is None or isinstance(value, (dict, list)):
         return ""
     return str(int(value) if value in (True, False) else value)
 
