@@ -231,7 +231,9 @@ class Forward(NamedTuple):
 def forward(text: str) -> Forward:
     """Read `URL`, or `mailto:ADDRESS`, with `to=PATTERN` and `from=PATTERN` behind it."""
     match = re.fullmatch(r"(\S.*?)((?:\s+(?:to|from)=\S+)*)\s*", text.strip())
-    if not match or not re.match(r"(?i)https?://.|mailto:\S+@\S+$|\{\{", match.group(1)):
+    bare = re.sub(r"\{\{.*?\}\}", "", match.group(1)) if match else ""
+    if not match or " " in bare or not re.match(
+            r"(?i)https?://.|mailto:[^@,;<>\s]+@[^@,;<>\s]+$|\{\{", match.group(1)):
         raise ValueError("needs http://..., https://... or mailto:ADDRESS, and then, if wanted, "
                          "to=PATTERN and from=PATTERN")
     words = dict(word.split("=", 1) for word in match.group(2).split())
@@ -554,6 +556,9 @@ def check_together(settings: Settings) -> None:
                             2)
     if settings.forward_only and not (settings.url or settings.forward_to):
         raise SettingsError("--forward_only needs --url or --forward_to: say where mail goes", 2)
+    if (settings.header or settings.template) and not (settings.url or settings.forward_to):
+        raise SettingsError("--header and --template need --url or --forward_to: say where mail "
+                            "goes", 2)
     if bool(settings.relay_user) != bool(settings.relay_password) or (
             settings.relay_user and not settings.relay):
         raise SettingsError("--relay_user and --relay_password go together, and with --relay", 2)
@@ -1713,157 +1718,283 @@ class Template:
         self.render(sample, world)
 
 
-# -- Templates: regular expressions --
+# -- Templates: regular expressions, as RE2 reads them and in linear time --
 #
-# RE2 takes linear time, Python's re does not. So a pattern is read first: each piece that can match
-# in several ways multiplies the time of all that follows it, and what could take some seconds
-# on the longest text is refused. "\d+-" can match in one way only, no digit being a dash.
+# https://github.com/google/re2/wiki/Syntax. Python's re takes exponential time on some patterns, so
+# it only looks at single characters here. A pattern becomes steps; the ways through them are tried
+# best first, and no step twice at one place of the text, where it would only fail again.
 
-MAX_REGEX_PATTERN = 500
-MAX_REGEX_TEXT = 8000
+MAX_REGEX_SIZE = 5000         # characters and steps of one pattern
 MAX_REGEX_REPEAT = 1000       # as in RE2
-MAX_REGEX_COST = 330000000    # characters looked at, rather too many; measured: 1.5 s at worst
-REGEX_SLOW = 10               # what going back to a choice costs, and each turn of a group
-REGEX_STEP = 11               # 1 << 11 of them are one step
-REGEX_PIECE = re.compile(r"""(?xs)
-    (?P<open>\((?:\?:|\?P<[A-Za-z_][0-9A-Za-z_]*>|(?!\?))) | (?P<or>\|) | (?P<test>\^|\$|\\[AzbB])
-  | (?:(?P<close>\))
-      |(?P<char>\\[dDwWsSfnrtv] | \\[!-/:-@\[-`{-~] | [^\\\[(){*+?|] | \{(?![0-9,])
-         | \[\^?\]?(?:\\[dDwWsSfnrtv!-/:-@\[-`{-~]|[^\]\\\[])*\]))
-    (?P<repeat>(?:[*+?]|\{(?P<least>[0-9]{1,4})(?P<most>,[0-9]{0,4})?\})\??)?""")
-REGEX_KINDS = ("open", "or", "test", "close", "char")
-REGEX_COUNTS = {"": ("1", None), "*": ("0", ","), "+": ("1", ","), "?": ("0", ",1")}
+MAX_REGEX_TEXT = 1 << 20      # in characters
+MAX_REGEX_TRIES = 400000      # of a step at a place, in one call; measured: 0.8 s
+MAX_REGEX_STARTS = 8          # characters to look out for at once
+PATTERN_STEPS = 3             # a character of a pattern is 1 << 3 steps,
+SCAN_STEP = 6                 # and 1 << 6 characters of a text are one
+REGEX_CHAR = re.compile(r"""(?xs)
+    (?P<test>\\[AzbB]|\^|\$)
+  | \\x(?:\{(?P<wide>[0-9A-Fa-f]{1,6})\}|(?P<code>[0-9A-Fa-f]{2}))
+  | (?P<escape>\\[dDwWsSaftnrv]|\\[!-/:-@\[-`{-~]|\.)
+  | \[(?P<not>\^?)(?P<set>\]?(?:\[:\^?\w+:\]|\\.|[^\]\\])*)\]
+  | (?P<plain>[^\\()*+?|\[])""")
+SET_ITEM = re.compile(r"(?s)(?:\[:(\^?\w+):\]|(\\[dDwWsSaftnrvx]|\\[^A-Za-z0-9])|(\\.)|(.))"
+                      r"(-(?!\Z))?")
+REGEX_GROUP = re.compile(r"(?a)\((?:\?(?:P?<([A-Za-z_]\w*)>|([ims]*)(?:-([ims]+))?([:)]))|(?!\?))")
+REGEX_REPEAT = re.compile(r"(?:([*+?])|\{([0-9]{1,4})(,([0-9]{0,4}))?\})(\??)")
+REGEX_TESTS = {"^": r"\A", "$": r"\Z", r"\z": r"\Z", r"\B": r"(?!\b)"}     # "" has a \B in RE2
+POSIX_SETS = {"alpha": "A-Za-z", "digit": "0-9", "alnum": "0-9A-Za-z", "upper": "A-Z",
+              "lower": "a-z", "space": r"\t\n\v\f\r ", "word": "0-9A-Za-z_", "blank": r"\t ",
+              "xdigit": "0-9A-Fa-f", "punct": r"!-/:-@\[-`{-~"}
+RE_TEST, RE_SPLIT, RE_SAVE, RE_MATCH = range(4)
+RegexStep = Tuple[int, Any, Any]     # what to do; a test and its source, ways to go, or a number
 
 
-class RegexPiece(NamedTuple):
-    """A piece of a pattern as Python spells it, and how often it may come."""
-    kind: str
-    source: str
-    repeat: str
-    least: int
-    most: int
+def regex_fault(reason: str) -> TemplateError:
+    """Return an error about a pattern."""
+    return TemplateError(f"regular expression: {reason}")
 
 
-def read_regex_piece(match: "re.Match[str]", flags: str) -> RegexPiece:
-    """Return one piece of a pattern; TemplateError if it repeats too often."""
-    kind = next(name for name in REGEX_KINDS if match.group(name))
-    source, repeat = match.group(kind), match.group("repeat") or ""
-    if source == r"\z" or source == "$" and "m" not in flags:
-        source = r"\Z"
-    low, high = REGEX_COUNTS.get(repeat[:1]) or (match.group("least"), match.group("most"))
-    least, most = int(low), int(low if high is None else high[1:] or MAX_REGEX_TEXT)
-    if least > MAX_REGEX_REPEAT or MAX_REGEX_REPEAT < most < MAX_REGEX_TEXT:
-        raise TemplateError("regular expression: repeats too often")
-    return RegexPiece(kind, source, repeat, least, most)
+class RegexParser:
+    """What has been read of a pattern; TemplateError for what RE2 does not know."""
 
+    def __init__(self, pattern: str) -> None:
+        self.pattern, self.place, self.depth = pattern, 0, 0
+        self.groups: List[Optional[str]] = [None]           # their names
 
-def read_regex_pieces(pattern: str, place: int, flags: str) -> Iterator[RegexPiece]:
-    """Yield what a pattern is made of; TemplateError for what only some engines know."""
-    simple = [True]               # whether the groups open here neither repeat nor choose
-    while place < len(pattern):
-        match = REGEX_PIECE.match(pattern, place)
+    def next_char(self) -> str:
+        """Return the character to be read next, none at the end."""
+        return self.pattern[self.place:self.place + 1]
+
+    def parse_all(self) -> List[RegexStep]:
+        """Read the whole pattern."""
+        steps = self.parse_choice("")
+        if self.next_char():
+            raise regex_fault("unexpected )")
+        return [*steps, (RE_MATCH, None, "")]
+
+    def parse_choice(self, flags: str) -> List[RegexStep]:
+        """Read alternatives up to a closing parenthesis."""
+        steps, flags = self.parse_sequence(flags)
+        ways = [steps]
+        while self.next_char() == "|":
+            self.place += 1
+            steps, flags = self.parse_sequence(flags)
+            ways.append(steps)
+        steps = ways.pop()
+        for way in ways[::-1]:
+            steps = [(RE_SPLIT, 1, len(way) + 2), *way, (RE_SPLIT, len(steps) + 1, None), *steps]
+        return steps
+
+    def parse_sequence(self, flags: str) -> Tuple[List[RegexStep], str]:
+        """Read what stands one behind the other; return it, and the flags set at its end."""
+        steps: List[RegexStep] = []
+        while self.next_char() not in ("", "|", ")"):
+            group = REGEX_GROUP.match(self.pattern, self.place)
+            if group:
+                self.place = group.end()
+                inner = "".join({*flags, *(group.group(2) or "")} - {*(group.group(3) or "")})
+            if group and group.group(4) == ")":
+                flags = inner
+                continue
+            steps += self.parse_repeat(self.parse_group(inner, group) if group
+                                       else [self.parse_char(flags)])
+            if len(steps) > MAX_REGEX_SIZE:
+                raise regex_fault("too large")
+        return steps, flags
+
+    def parse_group(self, flags: str, group: "re.Match[str]") -> List[RegexStep]:
+        """Read a group from behind its opening on."""
+        number, is_noted = 2 * len(self.groups), not group.group(4)
+        self.groups += [group.group(1)] * is_noted
+        self.depth += 1
+        if self.depth > MAX_TEMPLATE_DEPTH:
+            raise regex_fault("nested too deeply")
+        steps = self.parse_choice(flags)
+        if not self.next_char():
+            raise regex_fault("missing )")
+        self.place += 1
+        self.depth -= 1
+        return [(RE_SAVE, number, None), *steps, (RE_SAVE, number + 1, None)] if is_noted else steps
+
+    def parse_char(self, flags: str) -> RegexStep:
+        """Read one character, class, or test of a place."""
+        match = REGEX_CHAR.match(self.pattern, self.place)
         if not match:
-            raise TemplateError(f"regular expression: cannot read {pattern[place:][:10]!r}")
-        piece, place = read_regex_piece(match, flags), match.end()
-        if piece.kind == "open":
-            simple.append(True)
-        elif piece.kind == "close" and len(simple) == 1:
-            raise TemplateError("regular expression: unexpected )")
-        elif piece.kind == "close" and not simple.pop() and piece.repeat:
-            raise TemplateError("regular expression: a repeated group may not repeat or choose")
-        if piece.repeat or piece.kind == "or":
-            simple = [False] * len(simple)
-        yield piece
+            raise regex_fault(f"cannot read {self.pattern[self.place:][:10]!r}")
+        self.place = match.end()
+        source = translate_char(match, flags)
+        flags += "a" if re.search(r"\\[dDwWsSbB]", source) else ""    # as in RE2, unlike cases
+        source = f"(?{flags}:{source})" if flags else source
+        try:
+            return RE_TEST, re.compile(source).match, source
+        except re.error as error:
+            raise regex_fault(str(error)) from None
+
+    def parse_repeat(self, piece: List[RegexStep]) -> List[RegexStep]:
+        """Read how often a piece may come; return it so often."""
+        match = REGEX_REPEAT.match(self.pattern, self.place)
+        if not match:
+            return piece
+        self.place = match.end()
+        sign, low, comma, high, lazy = match.groups()
+        least = int(low or sign == "+")
+        most = None if sign and sign in "*+" or comma and not high else int(high or low or 1)
+        count = max(least, 1 if most is None else most)
+        if REGEX_REPEAT.match(self.pattern, self.place) or count > MAX_REGEX_REPEAT \
+                or len(piece) * count > MAX_REGEX_SIZE or most is not None and most < least:
+            raise regex_fault("bad repetition")
+
+        def split(more: int, enough: int) -> RegexStep:
+            return (RE_SPLIT, enough, more) if lazy else (RE_SPLIT, more, enough)
+        if most is None:                                    # x* is (x+)?, so that x may be empty
+            steps = [*piece * max(least, 1), split(-len(piece), 1)]
+            return steps if least else [split(1, len(steps) + 1), *steps]
+        steps = piece * least
+        for left in range(most - least, 0, -1):
+            steps += [split(1, left * (len(piece) + 1)), *piece]
+        return steps
 
 
-def count_ways(piece: RegexPiece, after: Optional[RegexPiece], flags: str, samples: str) -> int:
-    """Return in how many ways a piece can match for all that the one after it can tell."""
-    if after is None or piece.kind == "char" and after.source == r"\Z":
-        return 1
-    if piece.kind == after.kind == "char" and after.least:
-        first, second = (set(re.findall(flags + one.source, samples)) for one in (piece, after))
-        return piece.most - piece.least + 1 if first & second else 1
-    return piece.most - piece.least + 1
+def translate_char(match: "re.Match[str]", flags: str) -> str:
+    """Return the pattern of one character as Python writes it."""
+    text, kind = match.group(), match.lastgroup
+    if kind == "test":
+        return text if "m" in flags and text in "^$" else REGEX_TESTS.get(text, text)
+    if kind in ("wide", "code"):
+        return re.escape(chr(min(int(match.group(kind), 16), 0x10FFFF)))
+    if kind == "set":
+        return f"[{match.group('not')}{SET_ITEM.sub(translate_item, match.group('set'))}]"
+    return text if kind == "escape" else re.escape(text)
 
 
-def regex_cost(pattern: str, pieces: Sequence[RegexPiece], flags: str) -> int:
-    """Return how many characters a search may look at in the longest text."""
-    near = "".join(chr(max(ord(char) + by, 0)) for char in pattern for by in (-1, 0, 1))
-    samples = "".join({*map(chr, range(256)), *near, *near.upper(), *near.lower(), *"\u0663\u2003"})
-    branches = any(one.kind == "or" or one.kind == "close" and one.repeat for one in pieces)
-    cost, ways, starts, others = 0, 1, [1], [0]     # the latter two: of the groups open here
-    for at, piece in enumerate(pieces):
-        if piece.kind == "open":
-            starts, others = [*starts, ways], [*others, 0]
-        elif piece.kind == "or":
-            ways, others[-1] = starts[-1], others[-1] + ways
-        elif piece.kind == "close":
-            ways, starts = ways + others.pop(), starts[:-1]
-        slow = REGEX_SLOW if piece.repeat or piece.kind == "or" else 0
-        cost += ways * (piece.most * (slow if piece.kind == "close" and slow else 1) + slow)
-        after = next((one for one in pieces[at + 1:] if one.kind != "close"
-                      and (branches or one.kind != "open")), None)
-        ways *= count_ways(piece, after, flags, samples)
-    is_anchored = pieces and pieces[0].source in ("^", r"\A") and not branches and "m" not in flags
-    return cost if is_anchored else cost * MAX_REGEX_TEXT
+def translate_item(match: "re.Match[str]") -> str:
+    """Return one item of a character class as Python writes it."""
+    name, escape, bad, char, dash = match.groups("")
+    if bad or name and name not in POSIX_SETS:
+        raise regex_fault(f"cannot read {match.group()}")
+    item = POSIX_SETS.get(name) or escape or re.escape(char)
+    return item + ("\\" if dash and (name or escape[1:] in tuple("dDwWsS")) else "") + dash
+
+
+def find_starts(steps: Sequence[RegexStep]) -> str:
+    """Return a pattern, quick to search, that fits wherever a match can begin."""
+    todo, seen, sources = [0], set(), set()
+    while todo:
+        at = todo.pop()
+        kind, first, second = steps[at]
+        if at not in seen and kind in (RE_TEST, RE_MATCH):
+            sources.add(second)
+        elif at not in seen:
+            todo += [at + way for way in ((1,) if kind == RE_SAVE else (first, second)) if way]
+        seen.add(at)
+    return "" if "" in sources or len(sources) > MAX_REGEX_STARTS else f"(?={'|'.join(sources)})"
+
+
+class GoRegex:
+    """A regular expression in RE2's syntax; made by read_regex."""
+
+    def __init__(self, pattern: str) -> None:
+        parser = RegexParser(pattern)
+        self.steps, self.groups = parser.parse_all(), parser.groups
+        self.starts = re.compile(find_starts(self.steps))
+
+    def search(self, text: str, start: int, tried: Set[int], limit: int
+               ) -> Optional[Dict[int, int]]:
+        """Return where the first match from there on begins and ends, then where its groups do."""
+        size = len(self.steps)
+        for candidate in self.starts.finditer(text, start):
+            todo: List[Tuple[int, int, Any]] = [(0, candidate.start(), (0, candidate.start(), ()))]
+            while todo:
+                at, place, saved = todo.pop()
+                if len(tried) > limit:
+                    raise regex_fault("too many steps on this text")
+                while (key := place * size + at) not in tried:
+                    tried.add(key)
+                    kind, first, second = self.steps[at]
+                    if kind == RE_TEST:
+                        found = first(text, place)
+                        if not found:
+                            break
+                        at, place = at + 1, found.end()
+                    elif kind == RE_SAVE:
+                        at, saved = at + 1, (first, place, saved)
+                    elif kind == RE_MATCH:
+                        return read_places((1, place, saved))
+                    else:
+                        todo += [(at + way, place, saved) for way in (second, first) if way]
+                        break
+        return None
+
+    def find_all(self, run: Rendering, text: str) -> Iterator[Dict[int, int]]:
+        """Yield all matches; as in Go, an empty one right behind another does not count."""
+        tried: Set[int] = set()         # kept from match to match, so that all take linear time
+        limit = min(MAX_REGEX_TRIES, run.left["steps"] << ELEMENT_STEP)
+        place, end, size, spent = 0, -1, len(self.steps), 0
+        while place <= len(text):
+            found = self.search(text, place, tried, limit)
+            run.spend(1 + ((len(tried) - spent + size) >> ELEMENT_STEP))
+            if found is None:
+                return
+            if found[1] > found[0] or found[0] != end:
+                yield found
+            end = found[1]
+            place = end + (found[1] == found[0])
+            tried.difference_update(range(end * size, (end + 1) * size))    # these did not fail
+            spent = len(tried)
+
+
+def read_places(saved: Any) -> Dict[int, int]:
+    """Return the latest place noted under each number."""
+    found: Dict[int, int] = {}
+    while saved:
+        number, place, saved = saved
+        found.setdefault(number, place)
+    return found
 
 
 @functools.lru_cache(maxsize=64)
-def read_regex(pattern: str) -> Tuple["re.Pattern[str]", int]:
-    """Return a regular expression and its cost; TemplateError if that is too high."""
-    if len(pattern) > MAX_REGEX_PATTERN:
-        raise TemplateError("regular expression: too long")
-    opening = re.match(r"(?:\(\?[ims]+\))?", pattern)
-    flags = opening.group() if opening else ""
-    try:
-        pieces = list(read_regex_pieces(pattern, len(flags), flags))
-        compiled = re.compile(flags + "".join(piece.source + piece.repeat for piece in pieces))
-    except re.error as error:
-        raise TemplateError(f"regular expression: {error}") from None
-    cost = regex_cost(pattern, pieces, flags)
-    if cost > MAX_REGEX_COST:
-        raise TemplateError("regular expression: takes too long on some texts")
-    return compiled, cost
+def read_regex(pattern: str) -> GoRegex:
+    """Return a regular expression ready for use."""
+    return GoRegex(pattern)
 
 
-def go_regex(run: Rendering, pattern: str, text: str) -> "re.Pattern[str]":
-    """Return a regular expression that may be used on this text."""
-    run.spend(len(pattern) ** 2 >> ELEMENT_STEP)
-    compiled, cost = read_regex(pattern)
-    if len(text) > MAX_REGEX_TEXT:
-        raise TemplateError(f"regular expression: text of more than {MAX_REGEX_TEXT} characters")
-    run.spend(cost * len(text) // MAX_REGEX_TEXT >> REGEX_STEP)
-    return compiled
+def go_regex(run: Rendering, pattern: str, text: str) -> Tuple[GoRegex, Iterator[Dict[int, int]]]:
+    """Return a regular expression and its matches in a text."""
+    if len(pattern) > MAX_REGEX_SIZE or len(text) > MAX_REGEX_TEXT:
+        raise regex_fault("the pattern or text has too many characters")
+    run.spend((len(pattern) << PATTERN_STEPS) + (len(text) >> SCAN_STEP))
+    regex = read_regex(pattern)
+    return regex, regex.find_all(run, text)
 
 
 def go_regex_find(run: Rendering, pattern: str, text: str) -> str:
     """Return the first part of a text that a pattern matches."""
-    found = go_regex(run, pattern, text).search(text)
-    return found.group() if found else ""
+    found = next(go_regex(run, pattern, text)[1], None)
+    return text[found[0]:found[1]] if found else ""
 
 
-def expand_groups(found: "re.Match[str]", template: str) -> str:
+def expand_groups(groups: Sequence[Optional[str]], found: Dict[int, int], text: str, template: str
+                  ) -> str:
     """Return a replacement, $1, ${1} and ${name} filled in."""
     def fill(match: "re.Match[str]") -> str:
         name = match.group(1) or match.group(2)
-        try:
-            return found.group(int(name) if name.isdigit() else name) or "" if name else "$"
-        except (IndexError, ValueError):
-            return ""
+        if not name:
+            return "$"
+        number = int(name) if re.fullmatch("0|[1-9][0-9]{0,8}", name) else \
+            groups.index(name) if name in groups else -1
+        return text[found[2 * number]:found[2 * number + 1]] if 2 * number in found else ""
     return re.sub(r"(?a)\$(?:\$|(\w+)|\{(\w+)\})", fill, template)
 
 
 def go_regex_replace(run: Rendering, pattern: str, text: str, template: str) -> str:
     """Replace what a pattern matches; $1 stands for the first group."""
-    out: List[str] = []
-    end = 0
-    for found in go_regex(run, pattern, text).finditer(text):
-        if out and found.span() == (end, end):      # Go: no empty match right behind another
-            continue
+    regex, matches = go_regex(run, pattern, text)
+    out, end = [], 0
+    for found in matches:
         run.spend(1 + template.count("$") + (len(template) >> TEXT_STEP))
-        out += [text[end:found.start()], expand_groups(found, template)]
+        out += [text[end:found[0]], expand_groups(regex.groups, found, text, template)]
         run.spend(len(out[-1]), "text")
-        end = found.end()
+        end = found[1]
     return "".join(out) + text[end:]
 
 
@@ -2139,7 +2270,7 @@ FUNCTION_TABLE: Dict[str, Tuple[str, Callable[..., Any]]] = {
     "quote": ("any...", lambda run, *given: " ".join(map(go_quote, go_strings(run, given)))),
     "squote": ("any...", lambda run, *given: " ".join(f"'{s}'" for s in go_strings(run, given))),
     "regexMatch": ("string string", lambda run, pattern, s:
-                   go_regex(run, pattern, s).search(s) is not None),
+                   next(go_regex(run, pattern, s)[1], None) is not None),
     "regexFind": ("string string", go_regex_find),
     "regexReplaceAll": ("string string string", go_regex_replace), "toString": ("any", go_string),
     "toJson": ("any", lambda run, value: go_to_json(run, value)),
@@ -4258,6 +4389,8 @@ class Outbox:
             db.execute("INSERT OR REPLACE INTO webhook VALUES (?,?,?,?,?,?,?,?)", hook)
             if db.execute("SELECT count(*) FROM webhook").fetchone()[0] > MAX_WEBHOOKS:
                 raise StoreError(f"there are {MAX_WEBHOOKS} webhooks already")
+            if not hook.enabled:
+                self.give_up(db, "the webhook is disabled", "target = ?", f"webhook {hook.id}")
             self.hooks_changed = True
         self.store.change(work)
         return hook
@@ -6256,6 +6389,7 @@ HEAVY_AT_ONCE = 2
 MAX_ADDRESSES = 8             # of a host that are tried
 MAX_ANSWER = 64 << 10         # bytes of an answer that are read; no more and the connection ends
 MAX_REDIRECTS = 3             # that a 303 is followed
+BODY_SECONDS = 2.0            # that the body of an answer, which nobody reads, may take
 
 
 class Intake:
@@ -6392,10 +6526,14 @@ TRANSLATED = tuple(map(ipaddress.ip_network, (
     "64:ff9b::/96", "64:ff9b:1::/48", "::/96")))            # RFC 6052, 8215, 4291 2.5.5.1
 
 
+AZURE_METADATA = "168.63.129.16"        # a public address that every Azure host finds its own at
+
+
 def is_public(ip: Any) -> bool:
     """Is this an address of the Internet, where anybody may be sent?"""
-    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified
-                                 or getattr(ip, "is_site_local", False))
+    return ip.is_global and str(ip) != AZURE_METADATA and not (
+        ip.is_multicast or ip.is_reserved or ip.is_unspecified
+        or getattr(ip, "is_site_local", False))
 
 
 class Door:
@@ -6460,6 +6598,7 @@ class WebConnection:
     def __init__(self, door: Door, place: Tuple[str, str, int], seconds: float,
                  context: ssl.SSLContext) -> None:
         self.scheme, self.host, port_ = place
+        self.seconds = seconds
         self.proxy = find_proxy(*place)
         usual = port_ == {"https": 443, "http": 80}[self.scheme]
         name = f"[{self.host}]" if ":" in self.host else self.host
@@ -6499,7 +6638,7 @@ class WebConnection:
         status, version, fields = self.read_head()
         while 100 <= status < 200:                      # RFC 9110 15.2: more will come
             status, version, fields = self.read_head()
-        whole = status in (204, 304) or self.skip_body(fields)
+        whole = status in (204, 304) or self.skip_body(fields)      # whatever comes of that
         keep = version == "1.1" and fields.get("connection", "").lower() != "close"
         return WebAnswer(status, fields), whole and keep
 
@@ -6527,21 +6666,39 @@ class WebConnection:
             name.lower(): value.strip() for name, _, value in fields}
 
     def skip_body(self, fields: Dict[str, str]) -> bool:
-        """Read over the body of an answer (RFC 9112 6); False if that is not worth it."""
-        if "transfer-encoding" in fields:
-            while not self.inbox.endswith(b"0\r\n\r\n"):
-                if len(self.inbox) > MAX_ANSWER:
+        """Read over the body of an answer (RFC 9112 6, 7.1); False if that is not worth it."""
+        end = time.monotonic() + BODY_SECONDS
+        try:
+            self.sock.settimeout(BODY_SECONDS)
+            if "transfer-encoding" not in fields:
+                return self.skip(int(fields.get("content-length", "-1")), end)
+            size = -1
+            while size:
+                while b"\r\n" not in self.inbox:
+                    self.skip(len(self.inbox) + 1, end, keep=True)
+                line, _, self.inbox = self.inbox.partition(b"\r\n")
+                size = int(line.partition(b";")[0], 16)
+                if size and not self.skip(size + 2, end):
                     return False
-                self.receive()
-            self.inbox = b""
-            return True
-        length = fields.get("content-length", "")
-        if not re.fullmatch("[0-9]{1,9}", length) or int(length) > MAX_ANSWER:
+            while not self.inbox.startswith(b"\r\n") and b"\r\n\r\n" not in self.inbox:
+                self.skip(len(self.inbox) + 1, end, keep=True)
+            return self.inbox.endswith(b"\r\n") and self.skip(len(self.inbox), end)
+        except (OSError, ValueError):
             return False
-        while len(self.inbox) < int(length):
+        finally:
+            with contextlib.suppress(OSError):
+                self.sock.settimeout(self.seconds)
+
+    def skip(self, count: int, end: float, keep: bool = False) -> bool:
+        """Read until count bytes are here, and drop them; False if they are too many."""
+        if not 0 <= count <= MAX_ANSWER:
+            return False
+        while len(self.inbox) < count:
+            if time.monotonic() > end:
+                raise TimeoutError("the answer took too long")
             self.receive()
-        self.inbox = self.inbox[int(length):]
-        return not self.inbox
+        self.inbox = self.inbox if keep else self.inbox[count:]
+        return True
 
     def receive(self) -> None:
         """Wait for more bytes. Raises OSError at the end."""
@@ -6628,7 +6785,7 @@ def split_url(url: str) -> Tuple[Tuple[str, str, int], str, str]:
         scheme, host = parts.scheme.lower(), parts.hostname or ""
         host = host if host.isascii() else host.encode("idna").decode("ascii")
         port_ = parts.port or {"https": 443, "http": 80}[scheme]
-        if not re.fullmatch(r"[A-Za-z0-9._:-]+", host) or re.search(r"[\x00-\x20\x7f]", url):
+        if not re.fullmatch(r"[A-Za-z0-9._:-]+", host):
             raise ValueError(url)
     except (ValueError, KeyError, UnicodeError):
         raise Forbidden(f"{clean_line(url, 200)} is not the URL of a web server") from None
@@ -6741,10 +6898,13 @@ def read_template(text: str, option: str) -> Template:
     """Read a template and try it. Raises SettingsError."""
     try:
         template = Template(text, option)
-        template.render(SAMPLE_FIELDS, surroundings())
+        sample = template.render(SAMPLE_FIELDS, surroundings())
+        if option in ("--url", "--forward_to"):
+            split_url(sample)
         return template
-    except TemplateError as error:
-        raise SettingsError(str(error), 2) from None
+    except (TemplateError, Forbidden) as error:
+        raise SettingsError(str(error) if isinstance(error, TemplateError) else
+                            f"{option}: {error}", 2) from None
 
 
 class Hopeless(Exception):
@@ -7504,6 +7664,7 @@ class Lane:
         self.target, self.number, self.count = target, number_, count
         self.ordered = ordered          # nothing overtakes a delivery that is to be tried again
         self.client: Any = None
+        self.follower: Any = None       # what goes where a 303 leads
         self.when = 0.0                 # when it is to be looked at, on the clock of time.monotonic
         self.busy = False
         self.again = False              # something came while it was busy
@@ -7511,6 +7672,12 @@ class Lane:
         self.suspect = False            # it had failures when it was taken up
         self.loaded: Dict[int, Any] = {}        # the messages of the page that is being worked on
         self.overdue = 0.0              # when the request under way has taken too long
+
+    def abort(self) -> None:
+        """End what is under way; on any thread."""
+        for client in (self.client, self.follower):
+            if client is not None:
+                client.abort()
 
 
 class Couriers:
@@ -7567,13 +7734,13 @@ class Couriers:
         end = time.monotonic() + STOP_SECONDS
         for thread in self.threads:
             thread.join(max(0.0, end - time.monotonic()))
-        for lane in list(self.lanes.values()):
-            if lane.client is not None and lane.busy:
-                lane.client.abort()
+        lanes = list(self.lanes.values())
+        for lane in lanes:
+            lane.abort()
         for thread in self.threads:
-            thread.join(1)
-        for lane in self.lanes.values():
-            if lane.client is not None:
+            thread.join(max(0.0, end + 1 - time.monotonic()))
+        for lane in lanes:
+            if lane.client is not None and not lane.busy:
                 lane.client.close()
 
     def wake(self, targets: Iterable[str]) -> None:
@@ -7640,9 +7807,9 @@ class Couriers:
             else:
                 del self.lanes[lane.target, lane.number]
                 self.slow.discard(lane.target)
-                if lane.client is not None:
-                    lane.client.close()
             self.condition.notify()
+        if pause is None and lane.client is not None:
+            lane.client.close()         # a mail server may take its time to say goodbye
 
     def keep_house(self) -> float:
         """Forget what is over, and look for rows that another process added."""
@@ -7660,8 +7827,8 @@ class Couriers:
     def look_for_overdue(self) -> None:
         """End requests that take too long in small steps; on the loop's thread."""
         for lane in list(self.lanes.values()):
-            if lane.busy and 0 < lane.overdue < time.monotonic() and lane.client is not None:
-                lane.client.abort()
+            if lane.busy and 0 < lane.overdue < time.monotonic():
+                lane.abort()
         if not self.stopping:
             self.loop.call_later(1, self.look_for_overdue)
 
@@ -7699,14 +7866,16 @@ class Couriers:
         try:
             if lane.target.startswith("mail "):
                 return self.mail(lane, entry)
-            lane.overdue = time.monotonic() + 2 * self.settings.forward_timeout
+            lane.overdue = time.monotonic() + self.settings.forward_timeout
             return self.post(lane, entry)
         except (Hopeless, Forbidden) as error:
             return Attempt("failed", clean_line(str(error), 500))
         except (KeyError, Unreadable):
             return Attempt("failed", "the message is gone, or cannot be read")
         except (OSError, StoreError) as error:
-            return Attempt("waiting", clean_line(reason(error), 500), stop=True)
+            hint = ("; --ca_file names certificates to trust"
+                    if isinstance(error, ssl.SSLCertVerificationError) else "")
+            return Attempt("waiting", clean_line(reason(error), 400) + hint, stop=True)
         except Exception:               # a border: others are to get theirs
             log.exception("%s: bug in delivery %d", entry.key, entry.id)
             return Attempt("waiting", "an internal error, see the log")
@@ -7739,13 +7908,15 @@ class Couriers:
         for _ in range(MAX_REDIRECTS):
             if answer.status not in (301, 302, 303, 307, 308) or "location" not in answer.headers:
                 break
-            url = urllib.parse.urljoin(url, answer.headers["location"])
-            client = WebClient(Door(self.settings.webhook_allow), self.context,
-                               self.settings.forward_timeout)
+            known, url = split_url(url)[0], urllib.parse.urljoin(url, answer.headers["location"])
+            door = (lane.client.door if split_url(url)[0] == known else
+                    Door(self.settings.webhook_allow))
+            lane.follower = WebClient(door, self.context, self.settings.forward_timeout)
             try:
-                answer = client.request("GET", url, {"User-Agent": "pegmail/" + __version__})
+                answer = lane.follower.request("GET", url, {"User-Agent": "pegmail/" + __version__})
             finally:
-                client.close()
+                lane.follower.close()
+                lane.follower = None
         return answer
 
     def mail(self, lane: Lane, entry: Entry) -> Attempt:
@@ -7960,7 +8131,7 @@ def choice(words: Sequence[str], help: str) -> Param:
     """Describe one of some words; the first is the default."""
     def read(text: str) -> str:
         if text not in words:
-            raise ValueError("needs one of: " + ", ".join(words))
+            raise ValueError("needs one of: " + ", ".join(filter(None, words)))
         return text
     return Param(read, words[0], {"type": "string", "enum": list(words), "default": words[0]}, help)
 
@@ -7996,9 +8167,11 @@ def mailbox_address(text: str) -> str:
 def webhook_url(text: str) -> str:
     """Read the URL of a webhook; one without a scheme is http, as dynip-email has it."""
     text = text.strip() if "://" in text else "http://" + text.strip()
-    parts = urllib.parse.urlsplit(text)
-    if parts.scheme.lower() not in ("http", "https") or not parts.hostname or len(text) > 2000 or (
-            re.search(r"[\x00-\x20\x7f]", text)):
+    try:
+        split_url(text)
+    except Forbidden:
+        text = ""
+    if not 0 < len(text) <= 2000 or re.search(r"[\x00-\x20\x7f]", text):
         raise ValueError("needs a URL such as https://app.example.com/hook")
     return text
 
@@ -9374,9 +9547,11 @@ class Server:
         try:
             self.loop.run()
         finally:
-            self.couriers.stop()
-            self.store.close()
-            self.close_sockets()
+            try:
+                self.couriers.stop()
+            finally:
+                self.store.close()
+                self.close_sockets()
 
     def stop(self, *_: Any) -> None:
         """Stop: let what is being received finish, within --grace. The second call stops now."""
@@ -9712,9 +9887,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     prepare_output()
     called = os.path.basename(sys.argv[0])
-    if called in ("sendmail", "mailq", "newaliases"):
-        return (sendmail(arguments) if called == "sendmail" else
-                outbox_command(["list"]) if called == "mailq" else EX_OK)
+    if called in CALLED_AS:
+        return CALLED_AS[called](arguments)
     if arguments and arguments[0] in COMMANDS:
         return COMMANDS[arguments[0]](arguments[1:])
     try:
@@ -9771,10 +9945,15 @@ def list_outbox(outbox: Outbox, state: str, target: str) -> int:
     after = 0
     while True:
         entries = outbox.find(state, target, after, 500)
-        for entry in entries:
-            values = (entry.id, entry.state, entry.attempts, rfc3339(entry.due), entry.message or 0,
-                      entry.event, entry.target, entry.error or "-")
-            print("\t".join(clean_line(str(value)) for value in values))
+        lines = ["\t".join(clean_line(str(value)) for value in (
+            entry.id, entry.state, entry.attempts, rfc3339(entry.due), entry.message or 0,
+            entry.event, entry.target, entry.error or "-")) + "\n" for entry in entries]
+        try:
+            sys.stdout.write("".join(lines))
+            sys.stdout.flush()
+        except BrokenPipeError:         # such as of `head`, which has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         if len(entries) < 500:
             return 0
         after = entries[-1].id
@@ -9797,28 +9976,52 @@ def sendmail(arguments: Sequence[str]) -> int:
     given, names = read_sendmail_options(arguments)
     if given is None:
         return EX_USAGE
+    if given.b in SENDMAIL_MODES:
+        return SENDMAIL_MODES[given.b]()
     data = sys.stdin.buffer.read(settings.max_size + 1)
     if len(data) > settings.max_size:
         print(f"sendmail: the message is larger than {settings.max_size} bytes", file=sys.stderr)
         return EX_DATAERR
+    try:
+        sender, recipients, content = read_submission(settings, given, names, data)
+    except (ValueError, RecursionError) as error:
+        print(f"sendmail: {clean_line(str(error), 300)}", file=sys.stderr)
+        return EX_DATAERR
+    if not recipients:
+        print("sendmail: no recipients: name them, or use -t", file=sys.stderr)
+        return EX_USAGE
+    step = settings.max_recipients
+    parts = [recipients[start:start + step] for start in range(0, len(recipients), step)]
+    return max(hand_in(settings, sender, part, content) for part in parts)
+
+
+def read_submission(settings: Settings, given: Any, names: List[str], data: bytes,
+                    ) -> Tuple[str, List[str], bytes]:
+    """Return sender, recipients and content of a message given to sendmail. Raises ValueError."""
     if not given.i:                     # a line with a single dot ends the message
         data = re.split(rb"(?m)^\.\r?$\n?", data, maxsplit=1)[0]
     data = LINE_END.sub(line_end, data)
     head = data[:header_length(data)]
+    body = data[len(head):]
     if given.t:
-        names += header_recipients(head)
+        names = names + header_recipients(head)
         head = drop_fields(head, "bcc")
     domain_ = settings.server_host[0] if settings.server_host else settings.hostname
-    recipients = [name if "@" in name else f"{name}@{domain_}" for name in names]
-    if not recipients:
-        print("sendmail: no recipients: name them, or use -t", file=sys.stderr)
-        return EX_USAGE
-    sender = given.f if given.f is not None else f"{local_user()}@{domain_}"
-    sender = "" if sender == "<>" else sender if "@" in sender else f"{sender}@{domain_}"
-    body = data[header_length(data):]
-    content = (missing_fields(head, given.F, sender, settings.hostname) + head
-               + (b"" if body[:1] in (b"", b"\r") else b"\r\n") + body)
-    return hand_in(settings, sender, recipients, content)
+    sender = "" if given.f in ("", "<>") else whole_address(given.f or local_user(), domain_)
+    recipients = list(dict.fromkeys(whole_address(name, domain_) for name in names))
+    return sender, recipients, (
+        missing_fields(head, given.F, sender or f"MAILER-DAEMON@{domain_}", settings.hostname)
+        + head + (b"" if body[:1] in (b"", b"\r") else b"\r\n") + body)
+
+
+def whole_address(text: str, domain_: str) -> str:
+    """Return an address without a name beside it, and with a domain. Raises ValueError."""
+    text = email.utils.parseaddr(text)[1] or text if "<" in text else text
+    text = text if "@" in text else f"{text}@{domain_}"
+    try:
+        return parse_address(text).text
+    except ValueError as error:
+        raise ValueError(f"{text}: {error}") from None
 
 
 SENDMAIL_CONFIG = "/etc/pegmail.ini"        # what it reads, as cron starts it anywhere
@@ -9831,13 +10034,15 @@ def read_sendmail_options(arguments: Sequence[str]) -> Tuple[Any, List[str]]:
     parser.add_argument("-i", "-oi", action="store_true")
     parser.add_argument("-f", "-r", default=None)
     parser.add_argument("-F", default="")
-    for ignored in ("-B", "-N", "-R", "-V", "-X", "-h", "-L", "-O", "-o", "-b", "-q", "-p", "-C"):
+    parser.add_argument("-b", default="m")
+    for ignored in ("-B", "-N", "-R", "-V", "-X", "-h", "-L", "-O", "-o", "-q", "-p", "-C"):
         parser.add_argument(ignored, nargs="?", dest="ignored")
-    for ignored in ("-v", "-n", "-G", "-U", "-m", "-om", "-bm", "-oem", "-ep"):
+    for ignored in ("-v", "-n", "-G", "-U", "-m", "-om", "-oem", "-ep"):
         parser.add_argument(ignored, action="store_true", dest="ignored_too")
     parser.add_argument("names", nargs="*")
     try:
-        given = parser.parse_args(list(arguments))
+        given = parser.parse_args([os.fsencode(word).decode("utf-8", "replace")
+                                   for word in arguments])
     except SystemExit:
         return None, []
     names = [name.strip() for text in given.names for name in text.split(",") if name.strip()]
@@ -9860,9 +10065,11 @@ def drop_fields(head: bytes, name: str) -> bytes:
 def missing_fields(head: bytes, full_name: str, sender: str, hostname: str) -> bytes:
     """Return the fields that every message has to have and this one does not."""
     known = {name.lower() for name, _ in parse_fields(head[:MAX_HEADER_BYTES])}
+    plain = sender.isascii()            # else the library refuses to write it
     fields = {"date": email.utils.formatdate(localtime=True),
               "message-id": email.utils.make_msgid(domain=hostname),
-              "from": email.utils.formataddr((clean_line(full_name), sender))}
+              "from": email.utils.formataddr((clean_line(full_name), sender if plain else ""))
+              + ("" if plain else f" <{sender}>")}
     return "".join(f"{name.title().replace('-Id', '-ID')}: {value}\r\n"
                    for name, value in fields.items() if name not in known).encode("utf-8")
 
@@ -9923,7 +10130,8 @@ def keep_directly(settings: Settings, sender: str, recipients: List[str], conten
         refused = {address: (reply[0], reply[2]) for address, reply in refusals.items() if reply}
         kept = tuple(address for address in recipients if address not in refused)
         future: "Future[Any]" = Future()
-        envelope = Envelope(sender, kept, "127.0.0.1", settings.hostname, "local")
+        envelope = Envelope(sender, kept, "127.0.0.1", settings.hostname, "local", "",
+                            secrets.token_hex(4) + ".1")
         trace = trace_fields(envelope, settings.hostname, intake.now_text())
         if kept:
             store.add([Job(Incoming(
@@ -9940,8 +10148,20 @@ def keep_directly(settings: Settings, sender: str, recipients: List[str], conten
         store.close()
 
 
+def not_done(mode: str) -> int:
+    """Say that sendmail's other modes are not served; return the status."""
+    print(f"sendmail: {mode} is not served here", file=sys.stderr)
+    return EX_USAGE
+
+
 COMMANDS: Dict[str, Callable[[Sequence[str]], int]] = {"outbox": outbox_command,
                                                        "sendmail": sendmail}
+SENDMAIL_MODES: Dict[str, Callable[[], int]] = {      # -bm, the usual one, is not among them
+    "p": lambda: outbox_command(["list"]), "i": lambda: EX_OK, "s": lambda: not_done("-bs"),
+    "d": lambda: not_done("-bd"), "t": lambda: not_done("-bt"), "v": lambda: not_done("-bv")}
+CALLED_AS: Dict[str, Callable[[Sequence[str]], int]] = {
+    "sendmail": sendmail, "mailq": lambda arguments: outbox_command(["list"]),
+    "newaliases": lambda arguments: EX_OK}
 
 
 def prepare_output() -> None:
