@@ -6943,8 +6943,8 @@ class WebClient:
                                                 self.context)
             try:
                 return self.exchange(method, path, headers, body)
-            except (http.client.HTTPException, ConnectionError) as error:
-                self.close()
+            except (http.client.HTTPException, ConnectionError, ValueError) as error:
+                self.close()            # ValueError: a host name that TLS refuses
                 if not kept or not isinstance(error, ConnectionError):
                     raise OSError(reason(error)) from error
             except BaseException:
