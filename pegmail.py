@@ -10050,6 +10050,9 @@ def outbox_command(arguments: Sequence[str]) -> int:
                                 2)
         change = outbox.retry if given.action == "retry" else outbox.drop
         missing = [str(ident) for ident in given.id if not change(ident)]
+    except BrokenPipeError:             # whoever reads the list has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (SettingsError, sqlite3.Error) as error:
         print(f"pegmail: {error}", file=sys.stderr)
         return error.status if isinstance(error, SettingsError) else 1
