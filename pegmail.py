@@ -10071,6 +10071,7 @@ def list_outbox(outbox: Outbox, state: str, target: str) -> int:
                       entry.event, entry.target, entry.error or "-")
             print("\t".join(clean_line(str(value)) for value in values))
         if len(entries) < 500:
+            sys.stdout.flush()
             return 0
         after = entries[-1].id
 
