@@ -10042,14 +10042,16 @@ def outbox_command(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     try:
         settings, _ = load_settings([], dict(os.environ))
-        outbox = Desk(given.db_path or settings.db_path).outbox
-        if given.action == "list":
-            return list_outbox(outbox, given.state, given.target)
-        if not given.id:
-            raise SettingsError(f"outbox {given.action}: name the numbers that outbox list shows",
-                                2)
-        change = outbox.retry if given.action == "retry" else outbox.drop
-        missing = [str(ident) for ident in given.id if not change(ident)]
+        desk = Desk(given.db_path or settings.db_path)
+        with contextlib.closing(desk.db):
+            outbox = desk.outbox
+            if given.action == "list":
+                return list_outbox(outbox, given.state, given.target)
+            if not given.id:
+                raise SettingsError(f"outbox {given.action}: name the numbers that outbox list "
+                                    "shows", 2)
+            change = outbox.retry if given.action == "retry" else outbox.drop
+            missing = [str(ident) for ident in given.id if not change(ident)]
     except BrokenPipeError:             # whoever reads the list has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
