@@ -6556,7 +6556,7 @@ class Door:
         """Raise Forbidden if a proxy should not be sent there, as far as the name is known here."""
         with contextlib.suppress(socket.gaierror, UnicodeError):
             found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-            if not any(self.may_reach(str(entry[4][0])) for entry in found):
+            if not all(self.may_reach(str(entry[4][0])) for entry in found):
                 raise Forbidden(f"{host} is no public address")
 
     def connect(self, host: str, port_: int, seconds: float) -> socket.socket:
@@ -6773,6 +6773,8 @@ class WebClient:
                 self.close()
                 if self.aborted:
                     raise TimeoutError("the answer took too long") from None
+                if isinstance(error, ValueError):       # a host name that TLS refuses
+                    raise OSError(reason(error)) from None
                 if not kept or not isinstance(error, ConnectionError):
                     raise               # else it was closed while nobody used it
 
@@ -9924,14 +9926,19 @@ def outbox_command(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     try:
         settings, _ = load_settings([], dict(os.environ))
-        outbox = Desk(given.db_path or settings.db_path).outbox
-        if given.action == "list":
-            return list_outbox(outbox, given.state, given.target)
-        if not given.id:
-            raise SettingsError(f"outbox {given.action}: name the numbers that outbox list shows",
-                                2)
-        change = outbox.retry if given.action == "retry" else outbox.drop
-        missing = [str(ident) for ident in given.id if not change(ident)]
+        desk = Desk(given.db_path or settings.db_path)
+        with contextlib.closing(desk.db):
+            outbox = desk.outbox
+            if given.action == "list":
+                return list_outbox(outbox, given.state, given.target)
+            if not given.id:
+                raise SettingsError(f"outbox {given.action}: name the numbers that outbox list "
+                                    "shows", 2)
+            change = outbox.retry if given.action == "retry" else outbox.drop
+            missing = [str(ident) for ident in given.id if not change(ident)]
+    except BrokenPipeError:             # whoever reads the list has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (SettingsError, sqlite3.Error) as error:
         print(f"pegmail: {error}", file=sys.stderr)
         return error.status if isinstance(error, SettingsError) else 1
@@ -9948,12 +9955,8 @@ def list_outbox(outbox: Outbox, state: str, target: str) -> int:
         lines = ["\t".join(clean_line(str(value)) for value in (
             entry.id, entry.state, entry.attempts, rfc3339(entry.due), entry.message or 0,
             entry.event, entry.target, entry.error or "-")) + "\n" for entry in entries]
-        try:
-            sys.stdout.write("".join(lines))
-            sys.stdout.flush()
-        except BrokenPipeError:         # such as of `head`, which has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
+        sys.stdout.write("".join(lines))
+        sys.stdout.flush()
         if len(entries) < 500:
             return 0
         after = entries[-1].id

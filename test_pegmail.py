@@ -6750,7 +6750,11 @@ class TargetHandler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         """Note a request and answer it."""
-        body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        length = int(self.headers.get("Content-Length", "0"))
+        body = self.rfile.read(length)
+        if len(body) < length:          # who sent it is gone
+            self.close_connection = True
+            return
         self.server.posts.append(Post(self.command, self.path, self.headers, body,
                                       time.monotonic()))
         answer = self.server.next_answer()
@@ -7315,6 +7319,7 @@ class DurableTest(ForwardCase):
             with contextlib.closing(sqlite3.connect(folder + "/mail.db")) as db:
                 marked |= {key for (key,) in db.execute(
                     "SELECT key FROM outbox WHERE state = 'delivered'")}
+        target.answers = [200]
         server = self.run_server("--url", target.url, folder=folder)
         until(lambda: not server.get("/outbox")["counts"]["waiting"], "the rest")
         self.assertLessEqual(sent, set(target.subjects()))
@@ -7364,7 +7369,7 @@ PUBLIC = """8.8.8.8 93.184.216.34 100.63.255.255 100.128.0.1 172.32.0.1 2606:470
     ::ffff:8.8.8.8 64:ff9b::808:808""".split()
 
 
-class EgressTest(unittest.TestCase):
+class EgressTest(ForwardCase):
     """The one way out, for what a user of the API named."""
 
     def test_addresses(self):
@@ -7416,6 +7421,21 @@ class EgressTest(unittest.TestCase):
         for url in ("http://.example/", "http://a..example/", "https://%/", "http://xn--/"):
             with self.subTest(url), self.assertRaises(OSError):
                 client.request("POST", url, {})
+
+
+    def test_by_way_of_a_proxy(self):
+        """It is not asked for what may not be reached; an odd name is a failure, no bug."""
+        proxy = self.target()
+        place = proxy.url.replace("/hook", "")
+        client = pegmail.WebClient(pegmail.Door([]), pegmail.web_context(pegmail.Settings()), 1)
+        with mock.patch.dict(os.environ, http_proxy=place, https_proxy=place, no_proxy=""):
+            for url in ("http://2130706433/", "https://10.0.0.1/", "http://[::1]/"):
+                with self.subTest(url), self.assertRaises(pegmail.Forbidden):
+                    client.request("POST", url, {})
+            self.assertEqual(proxy.posts, [])
+            with warnings.catch_warnings(), self.assertRaises(OSError):
+                warnings.simplefilter("ignore", ResourceWarning)        # ssl forgets a socket
+                client.request("POST", "https://.example/", {})
 
 
 class WebhookTest(ForwardCase):
@@ -11657,12 +11677,18 @@ class OutboxCommandTest(ForwardCase, FolderCase):
             with self.subTest(words):
                 if words == ["retry"]:
                     Running(folder=self.folder).__enter__().__exit__()
-                self.command(*words, status=status)
+                self.assertEqual(self.call_main("outbox", *words)[0], status)
         target = self.target(400)
         server = self.run_server("--url", target.url, folder=self.folder)
         server.send()
         self.wait_for_state(server, "failed")
         server.stop()
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run([sys.executable, compiled() + "/pegmail.pyc", "outbox", "list"],
+                              cwd=self.folder, stdout=writer, stderr=subprocess.PIPE)
+        os.close(writer)
+        self.assertEqual((done.returncode, done.stderr), (0, b""))
         place = {"PEGMAIL_DB_PATH": self.path("mail.db")}
         self.assertEqual(self.command("list", environ=place, cwd="/")[0][1], "failed")
         self.command("retry", "1", "--db_path", self.path("mail.db"), cwd="/")
