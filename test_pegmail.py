@@ -14,6 +14,7 @@ import binascii
 import collections
 import concurrent.futures
 import contextlib
+import datetime
 import ctypes
 import email
 import email.message
@@ -1661,6 +1662,447 @@ class ServerChoiceTests(unittest.TestCase):
                    for seed in "12"}
         self.assertEqual(len(answers), 1)
         self.assertIn(b"('b', 2)", answers.pop())
+
+
+# -- Templates; what the tables expect is what Go 1.27 and sprig 3.2.3 print --
+
+Template, TemplateError, GoTime = pegmail.Template, pegmail.TemplateError, pegmail.GoTime
+CET = datetime.timezone(datetime.timedelta(hours=1), "CET")
+MOMENT = datetime.datetime(2022, 1, 2, 15, 4, 5, 120000, tzinfo=CET)
+WORLD = pegmail.Surroundings(env={"HOME": "/home/x"}, now=lambda: MOMENT, uuid=lambda: "x" * 36,
+                     zones={"UTC": datetime.timezone.utc, "Paris": CET}.get)
+
+
+def sample_fields():
+    """Return the fields that all templates here are rendered with."""
+    return {
+        "ID": "c7f1", "Timestamp": GoTime(MOMENT), "Sender": "a@b.c",
+        "Recipients": ["x@y.z", "q@r.s"], "Data": "Subject: x\r\n\r\nhey",
+        "Body": "hey <you> & \"co\"\nsecond line\n",
+        "Header": pegmail.go_header([("subject", "On my way"), ("Subject", "second"),
+                                     ("x-y", "1")]),
+        "N": 42, "Z": 0, "F": 2.5, "B": True, "L": [1, "two", 3.5, None, True],
+        "M": {"a": 1, "b": "bee", "n": None, "sub": {"k": ["p", "q"]}, "e": ""}, "Nil": None}
+
+
+def render(text, **more):
+    """Render a template with the sample fields and more."""
+    return Template(text).render({**sample_fields(), **more}, WORLD)
+
+
+LIKE_GO = (
+    ('{{true}} {{not 0}} {{and 1 0 2}} {{and 1 2}} {{or 0 "" 3}} {{or 0 ""}} {{1 | and 2}} {{0 |'
+     ' or ""}} {{.M.a}} {{.M.missing}} {{.M.sub.k}} {{.M.missing.deep}} {{.M.n}}',
+     'true true 0 2 3  1 0 1 <no value> [p q] <no value> <no value>'),
+    ('{{.Header.Subject}} {{.Header.Nope}} {{.Header.Get "subject"}} {{.Header.Get "x-y"}}'
+     ' {{.Header.Get "zip"}}|', '[On my way second] <no value> On my way 1 |'),
+    ('{{if .N}}a{{else}}b{{end}} {{if .Z}}a{{else if .B}}c{{else}}b{{end}} {{if .Z}}a{{else if'
+     ' .Z}}b{{else if .Z}}d{{else}}e{{end}} {{if .M}}m{{end}}{{if .Nil}}x{{end}}{{if'
+     ' .Timestamp}}t{{end}}{{if .}}d{{end}}', 'a c e mtd'),
+    ('{{with .M.sub}}{{.k}}{{end}} {{with .Z}}a{{else}}{{.N}}{{end}} {{with .Z}}a{{else with'
+     ' .F}}{{.}}{{else}}z{{end}} {{with $x := .N}}{{$x}}{{.}}{{end}}', '[p q] 42 2.5 4242'),
+    ('{{range .L}}[{{.}}]{{end}} {{range $i,$e := .L}}{{$i}}:{{$e}} {{end}} {{range $e :='
+     ' .Recipients}}<{{$e}}>{{end}}',
+     '[1][two][3.5][<no value>][true] 0:1 1:two 2:3.5 3:<no value> 4:true  <x@y.z><q@r.s>'),
+    ('{{range $i,$e := .L}}{{if eq $i 1}}{{continue}}{{end}}{{if eq $i'
+     ' 3}}{{break}}{{end}}{{$i}}{{end}}', '02'),
+    ('{{$x := 1}}{{range .L}}{{$x = add $x 1}}{{end}}{{$x}} {{$y := 5}}{{if true}}{{$y :='
+     ' 6}}{{$y}}{{$y = 7}}{{$y}}{{end}}{{$y}}', '6 675'),
+    ('{{range $x := .M.missing}}{{else}}{{$x}}{{end}}', '<no value>'),
+    ('{{define "a"}}<{{.}}|{{$}}>{{end}}{{template "a"}}{{template "a" .N}}{{template "a" "x" |'
+     ' printf "%s!"}}{{template "a" 3 | printf "%d!"}}',
+     '<<no value>|<no value>><42|42><x!|x!><3!|3!>'),
+    ('{{block "b" .N}}[{{.}}]{{end}} {{template "b" 7}} {{block `c` .}}{{.N}}{{block "d"'
+     ' .F}}{{.}}{{end}}{{end}}', '[42] [7] 422.5'),
+    ('{{$x := .M.sub}}{{$x.k}} {{$x.k | len}} {{(index $x.k 1)}} {{(.M.sub).k}} {{(printf "%d"'
+     ' 3)}}', '[p q] 2 q [p q] 3'),
+    ('a {{- /* c */ -}} b {{/* x */}} c {{- /* y */}} d', 'ab  c d'),
+    ('{{"a" | printf "%s%s" "b"}} {{"out" | print | len}} {{len "héllo"}} {{len .L}} {{len .M}}'
+     ' {{len .Header}} {{.Timestamp.Format "2006-01-02T15:04:05Z07:00"}} {{.Timestamp.Month}}'
+     ' {{.Timestamp.Weekday}} {{.Timestamp.Year}}',
+     'ba 3 6 5 5 2 2022-01-02T15:04:05+01:00 January Sunday 2022'),
+    ('{{$m := .Timestamp.Month}}{{printf "%d %v %q %x %05d|%10s|" $m $m $m $m $m $m}}',
+     '1 January "January" 4a616e75617279 00001|   January|'),
+    ('{{printf "%T %T %T %T %T %T %T %T" 1 1.5 "x" true nil .Timestamp .Timestamp.Month .Header}}'
+     ' {{.Timestamp.Local}} {{.Timestamp.UTC}} {{"\\xc3\\xa9"}} {{"\\U0001F600"}} {{`raw \\n'
+     ' "x"`}} {{print nil}} {{print .M.missing}} {{.M.missing | print}} {{print 1 2}} {{println 1'
+     ' "a"}}',
+     'int float64 string bool <nil> time.Time time.Month mail.Header 2022-01-02 14:04:05.12'
+     ' +0000 UTC 2022-01-02 14:04:05.12 +0000 UTC é 😀 raw \\n "x" <nil> <nil> <nil> 1 2 1 a\n'),
+    ('{{and false (index .L 99)}} {{or true (index .L 99)}}', 'false true'),
+    ('{{range $k, $v := .M}}{{$k}}={{$v}};{{end}} {{range .M}}{{.}},{{end}} {{range $k,$v :='
+     ' .Header}}{{$k}}{{range $v}}({{.}}){{end}}{{end}}',
+     'a=1;b=bee;e=;n=<no value>;sub=map[k:[p q]]; 1,bee,,<no value>,map[k:[p q]], Subject(On my'
+     ' way)(second)X-Y(1)'),
+    ('{{range 3}}{{.}}{{end}} {{range $i := 3}}{{$i}}{{end}} {{range 0}}a{{else}}none{{end}}'
+     ' {{range -1}}a{{else}}neg{{end}}', '012 012 none neg'),
+    ('{{$i := 0}}{{$x := 0}}{{range $i, $x = .L}}{{end}}{{$i}}{{$x}}', '4true'),
+    ('{{if false}}{{template "nope"}}{{end}}ok', 'ok'),
+    ('{{define "r"}}{{if .}}{{.}}{{template "r" (sub . 1)}}{{end}}{{end}}{{template "r" 5}}',
+     '54321'),
+    ('a {{- " b " -}} c', 'a b c'), ('a {{- 3}} b', 'a3 b'),
+    ('a {{-3}} b {{ 3 -}} c', 'a -3 b 3c'), ('{{/* x */ -}} y', 'y'),
+    ('a\n{{- if true -}}\n b\n{{- end }}\nc', 'ab\nc'), ('}}', '}}'),
+    ('{{$x := 1 | print 2}}{{$x}}', '2 1'),
+    ('{{if $x := 0}}{{$x}}{{else if $y := 3}}{{$x}}{{$y}}{{end}}', '03'),
+    ('{{"é"}}{{.M.é}} {{true | not}} {{1 | eq 1}} {{index .L 0}} {{index .M "a"}} {{index .M'
+     ' "zip"}} {{index .M "sub" "k" 1}} {{index "abc" 1}} {{index .Header "Subject" 0}} {{slice'
+     ' "abcdef" 1 3}} {{slice .L 1}} {{slice .L 1 2}} {{eq 1 1}} {{eq 1 2 1}} {{eq "a" "a"}} {{eq'
+     ' 1.5 1.5}} {{eq true true}} {{ne 1 2}} {{lt 1 2}} {{le 2 2}} {{gt 3 2}} {{ge 2 3}} {{lt "a"'
+     ' "b"}} {{lt 1.5 2.5}} {{ne .Nil 1}}',
+     'é<no value> false true 1 1 <no value> q 98 On my way bc [two 3.5 <nil> true] [two] true'
+     ' true true true true true true true true false true true true'),
+    ('{{html "<a href=\'x\'>\\"&\\x00"}} {{html 1 "a"}} {{html .L}} {{js "it\'s \\"x\\" <b> & ='
+     ' \\\\ \\n\\té\\u2028"}} {{urlquery "a b&c=d/é~-_.!*\'()+"}} {{urlquery 1 2}}',
+     '&lt;a href=&#39;x&#39;&gt;&#34;&amp;� 1a [1 two 3.5 &lt;nil&gt; true] it\\\'s \\"x\\"'
+     ' \\u003Cb\\u003E \\u0026 \\u003D \\\\ \\u000A\\u0009é\\u2028'
+     ' a+b%26c%3Dd%2F%C3%A9~-_.%21%2A%27%28%29%2B 1+2'),
+    ('{{printf "%v %+v %s %q %d %x %X %t %f %.2f %e %g %c %U %5d|%-5s|%05d %T" 1 2 "s" "q" 3 255'
+     ' 255 true 1.5 2.345 12345.678 1e-7 65 0x1F600 42 "ab" 42 "x"}} {{printf "%d" "hi"}}'
+     ' {{printf "%s" 5}} {{printf "%d"}} {{printf "%d" 1 2}} {{printf "%z" 3}} {{printf "%!" 3}}'
+     ' {{printf "100%"}} {{printf "%%"}}',
+     '1 2 s "q" 3 ff FF true 1.500000 2.35 1.234568e+04 1e-07 A U+1F600    42|ab   |00042 string'
+     ' %!d(string=hi) %!s(int=5) %!d(MISSING) 1%!(EXTRA int=2) %!z(int=3) %!!(int=3)'
+     ' 100%!(NOVERB) %'),
+    ('{{printf "%5z" 3}} {{printf "%-5z|" 3}} {{printf "%05d|%-05d|%+d|% d|%+d" 42 42 42 42 -42}}'
+     ' {{printf "%08.3f|%-8.3f|%+.1f|%8.3f|% f|%08.3f|%+08.2f" 3.14159 3.14159 2.5 3.14159 1.5'
+     ' -3.14159 2.5}} {{printf "%6.2f|%6s|%-6s|%.2s|%6.2s|%06s|%6q|%-6q|%.1q" 3.14159 "ab" "ab"'
+     ' "abcdef" "abcdef" "ab" "a" "a" "abc"}}',
+     '%!z(int=    3) %!z(int=3    )| 00042|42   |+42| 42|-42 0003.142|3.142   |+2.5|   3.142|'
+     ' 1.500000|-003.142|+0002.50   3.14|    ab|ab    |ab|    ab|0000ab|   "a"|"a"   |"a"'),
+    ('{{printf "%v %v %v %v %v %v" 1e6 1e20 1e21 123456.0 0.000001 1e-5}} {{1e6}} {{3.0}}'
+     ' {{2.50}} {{1e100}} {{1234567.0}} {{12345678901234567890.0}} {{printf "%s %v" .Header'
+     ' .Header}} {{printf "%q" .Header}}',
+     '1e+06 1e+20 1e+21 123456 1e-06 1e-05 1e+06 3 2.5 1e+100 1.234567e+06'
+     ' 1.2345678901234567e+19 map[Subject:[On my way second] X-Y:[1]] map[Subject:[On my way'
+     ' second] X-Y:[1]] map["Subject":["On my way" "second"] "X-Y":["1"]]'),
+    ('{{printf "%c %c %c" 65 0x110000 -1}} {{printf "%U" -1}} {{printf "%s" "\\xff"}} {{printf'
+     ' "%q" "\\xff\\xc3\\xa9"}} {{printf "%x" "é"}} {{printf "%-010d|%+-8d|%- 8d|%0-8d|" 42 42 42'
+     ' 42}} {{printf "%t %t" "x" 3}} {{printf "%s %d" .Timestamp.Weekday .Timestamp.Weekday}}',
+     'A � � U+FFFFFFFFFFFFFFFF \udcff "\\xffé" c3a9 42        |+42     | 42     |42      |'
+     ' %!t(string=x) %!t(int=3) Sunday 0'),
+    ('{{empty ""}} {{empty 0}} {{empty 1}} {{coalesce 0 "" .Nil 3 4}} {{coalesce}} {{coalesce 0'
+     ' ""}}', 'true true false 3 <no value> <no value>'),
+    ('{{trim "  a b \\n"}} {{trimAll "$" "$a$"}} {{trimSuffix "-" "a-"}} {{trimPrefix "-" "-a"}}'
+     ' {{trimSuffix "" "a"}} {{trimAll "" "a"}}', 'a b a a a a a'),
+    ('{{upper "abcé"}} {{lower "ABCÉ"}} {{title "hello world it\'s a-b c_d é1x"}} {{title'
+     ' "HELLO"}} {{replace "a" "b" "banana"}} {{replace "" "-" "abc"}} {{contains "a" "cat"}}'
+     ' {{hasPrefix "c" "cat"}} {{hasSuffix "t" "cat"}} {{hasSuffix "x" "cat"}}',
+     "ABCÉ abcé Hello World It'S A-B C_d É1x HELLO bbnbnb -a-b-c- true true true false"),
+    ('{{(split "$" "a$b")._0}} {{(split "$" "a$b")._2}} {{split "," "a,b"}} {{splitList ","'
+     ' "a,b,,c"}} {{splitList "" "héy"}} {{split "" ""}}',
+     'a <no value> map[_0:a _1:b] [a b  c] [h é y] map[]'),
+    ('{{join "," .L}} {{join "-" (list 1 2)}} {{join "," "x"}} {{quote "a\\"b" 1 .Nil 2.5 true}}'
+     ' {{squote "a\'b" 1 .Nil}} {{quote .L}} {{quote}} {{quote "é\\n"}} {{trunc 3 "abcdef"}}'
+     ' {{trunc -3 "abcdef"}} {{trunc 10 "abc"}} {{nospace " a b\\tc\\n"}} {{indent 2 "a\\nb"}}'
+     ' {{nindent 2 "a\\nb"}} {{repeat 3 "ab"}} {{cat "a" 1 .Nil "b"}} {{cat "a " " b "}} {{cat}}',
+     '1,two,3.5,true 1-2 x "a\\"b" "1" "2.5" "true" \'a\'b\' \'1\' "[1 two 3.5 <nil> true]" '
+     ' "é\\n" abc def abc abc   a\n  b \n  a\n  b ababab a 1 b a   b  '),
+    ('{{toJson .M}} {{toJson .L}} {{toJson "<a>&\\u2028\\n\\x01é\\"\\\\/"}} {{toJson 1.0}}'
+     ' {{toJson 1e21}} {{toJson .Nil}} {{toJson .Timestamp}} {{toJson .Header}} {{toJson 1e20}}',
+     '{"a":1,"b":"bee","e":"","n":null,"sub":{"k":["p","q"]}} [1,"two",3.5,null,true]'
+     ' "\\u003ca\\u003e\\u0026\\u2028\\n\\u0001é\\"\\\\/" 1 1e+21 null'
+     ' "2022-01-02T15:04:05.12+01:00" {"Subject":["On my way","second"],"X-Y":["1"]}'
+     ' 100000000000000000000'),
+    ('{{toPrettyJson .M.sub}} {{toPrettyJson (list)}} {{toPrettyJson (dict "a" (list))}} {{b64enc'
+     ' "héllo"}} {{b64dec "aGVsbG8="}} {{sha256sum "abc"}} {{b64dec "/w==" | printf "%q"}}'
+     ' {{b64dec "aGVs\\nbG8="}}',
+     '{\n  "k": [\n    "p",\n    "q"\n  ]\n} [] {\n  "a": []\n} aMOpbGxv hello'
+     ' ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad "\\xff" hello'),
+    ('{{date "2006-01-02 15:04" .Timestamp}} {{date "2006-01-02" 0}} {{unixEpoch .Timestamp}}'
+     ' {{ternary "y" "n" true}} {{ternary "y" "n" false}} {{true | ternary "y" "n"}}',
+     '2022-01-02 14:04 1970-01-01 1641132245 y n y'),
+    ('{{dict "a" 1 "b"}} {{get (dict "a" 1) "a"}} {{get (dict) "a"}} {{hasKey (dict "a" 1) "a"}}'
+     ' {{hasKey .M "zip"}} {{$d := dict "a" 1}} {{keys (dict "a" 1)}} {{dict 1 2}} {{get .M "b"}}',
+     'map[a:1 b:] 1  true false  [a] map[1:2] bee'),
+    ('{{add 1 2 3}} {{sub 5 2}} {{mul 2 3 4}} {{div 7 2}} {{mod 7 2}} {{div -7 2}} {{mod -7 2}}'
+     ' {{add "5" 1.9}} {{add}} {{mul 2}} {{div 7 -2}} {{mod 7 -2}} {{int "42"}} {{int 3.9}} {{int'
+     ' -3.9}} {{int "-7"}} {{int "abc"}} {{int "010"}} {{int "08"}} {{toString 5}} {{toString'
+     ' "a"}} {{toString .L}} {{until 3}} {{until 0}} {{until -3}}',
+     '6 3 24 3 1 -3 -1 6 0 2 -3 1 42 3 -3 -7 0 8 0 5 a [1 two 3.5 <nil> true] [0 1 2] [] [0 -1'
+     ' -2]'),
+    ('{{has (list 1) (list (list 1))}} {{uniq (list (dict "a" 1) (dict "a" 1))}} {{last .L}}'
+     ' {{rest .L}} {{rest (list)}} {{.Timestamp.Format "Mon Monday Jan January Month Jans 1 01 2'
+     ' 02 _2 06 2006 _2006"}} {{.Timestamp.Format "15 3 03 4 04 5 05 PM pm MST 002 -0700 -07:00'
+     ' -07 Z0700 Z07 Z07:00"}}',
+     'true [map[a:1]] true [two 3.5 <nil> true] [] Sun Sunday Jan January Month Jans 1 01 2 02 '
+     ' 2 22 2022 _2022 15 3 03 4 04 5 05 PM pm CET 002 +0100 +01:00 +01 +0100 +01 +01:00'),
+    ('{{.Timestamp.Format ".000 .999 ,000000 .0 .00a .0005 .9"}}',
+     '.120 .12 ,120000 .1 .12a .0005 .1'),
+    ('{{$d := dict "a" 1}}{{$_ := set $d "b" 2}}{{$d}}', 'map[a:1 b:2]'),
+    ('{{printf "%.3d|%8.3d|%+.3d|%-6.3d|%+x" 5 5 5 5 255}} {{printf "%g %e %.3g %.10g %g" 1e6 1.5'
+     ' 1234.5678 1234.5678 100000.0}}',
+     '005|     005|+005|005   |+ff 1e+06 1.500000e+00 1.23e+03 1234.5678 100000'),
+    ('{{regexMatch "^a.*z$" "abcz"}} {{regexMatch "b+" "aaa"}} {{regexFind "[a-z]+" "12 abc de"}}'
+     ' {{regexReplaceAll "a(x*)b" "-ab-axxb-" "${1}W"}} {{regexReplaceAll "a(x*)b" "-ab-axxb-"'
+     ' "$1W"}} {{regexFind "zzz" "abc"}}', 'true false abc -W-xxW- --- '),
+    ('{{regexReplaceAll "x*" "abxxd" "-"}} {{regexReplaceAll "" "abc" "-"}} {{regexReplaceAll'
+     ' "b*" "abc" "[$0]"}}', '-a-b-d- -a-b-c- []a[b]c[]'),
+    ('{{regexFind "(?i)HELLO" "say hello"}} {{regexFind "(?s)a.b" "a\\nb" | len}} {{regexFind'
+     ' "a.b" "a\\nb" | len}} {{regexFind "(?m)^\\\\w+$" "a b\\ncd"}} {{regexMatch "a$" "a\\n"}}'
+     ' {{regexMatch "a\\\\z" "a"}} {{regexMatch "\\\\Aa" "ba"}} {{regexFind "(?i)ü+" "aÜü"}}',
+     'hello 3 0 cd false true false Üü'),
+    ('{{regexFind "a{2,3}" "aaaa"}} {{regexFind "a{2,3}?" "aaaa"}} {{regexFind "a{2}" "aaaa"}}'
+     ' {{regexFind "a{2,}" "aaaa"}} {{regexFind "a+?" "aaaa"}} {{regexFind "a*?b" "aab"}}'
+     ' {{regexFind "[]a]+" "x]a]"}} {{regexFind "[a\\\\-z]+" "b-z"}} {{regexFind "[\\\\d\\\\s]+"'
+     ' "a1 2b"}} {{regexFind "[0-9]+" "x٣1"}} {{regexFind "\\\\bfoo\\\\b" "a foo b"}} {{regexFind'
+     ' "\\\\.\\\\*" "a.*"}}', 'aaa aa aa aaaa a aab ]a] -z 1 2 1 foo .*'),
+    ('{{regexReplaceAll "(?P<first>\\\\w+) (?P<second>\\\\w+)" "john smith" "${second} $first"}}'
+     ' {{regexReplaceAll "a" "banana" "$$"}} {{regexReplaceAll "(a)(b)?" "ab a" "<$1|$2>"}}',
+     'smith john b$n$n$ <a|b> <a|>'),
+    ('{{default "x" .M.missing}} {{default "x" 0}} {{default "x" "y"}} {{.M.e | default "z"}}'
+     ' {{len (default "x" .L)}} {{env "HOME"}}', 'x x y z 5 /home/x'),
+)
+
+REFUSED_BY_GO = (
+    '{{template "nope"}}', '{{define "a"}}{{end}}{{template "a" 1 2}}', '{{.Nope}}',
+    '{{.Header.Get}}', "{{'ab'}}", '{{"\\ud800"}}', '{{"\\q"}}', '{{and true (index .L 99)}}',
+    '{{range .}}x{{end}}', '{{break}}', '{{$x}}', '{{$x = 1}}',
+    '{{if true}}{{$x := 1}}{{end}}{{$x}}',
+    '{{define "a"}}1{{end}}{{define "a"}}2{{end}}{{template "a"}}', '{{template N}}',
+    '{{block "x"}}{{end}}', '{{/* x */ }}', '{{ /* x */ }}', '{{-/* x */}}', '{{"a', "{{'a",
+    '{{`a', '{{.N', '{{}}', '{{|}}', '{{.N | 3}}', '{{.N | .}}', '{{3 4}}', '{{print .N.X}}',
+    '{{..N}}', '{{(1}}', '{{and.N}}', '{{1)}}', '{{print(1)}}', '{{if}}{{end}}', '{{if .N}}',
+    '{{end}}', '{{else}}', '{{if .N}}{{else}}{{else}}{{end}}', '{{foo}}', '{{.N | foo}}',
+    '{{.N+1}}', '{{09}}', '{{1__0}}', '{{continue}}', '{{range .L}}{{break 3}}{{end}}',
+    '{{define "x"}}', '{{len 3}}', '{{index .L 5}}', '{{index .M 1}}', '{{index 3 1}}',
+    '{{slice .L 0 9}}', '{{eq 1 "a"}}', '{{eq .L .L}}', '{{lt 1 "a"}}', '{{eq "a" "b" 1}}',
+    '{{printf}}', '{{indent -1 "a"}}', '{{first .Nil}}', '{{div 1 0}}', '{{fail "boom"}}',
+    '{{upper 5}}', '{{regexFind "(" "a"}}', '{{default "x" .Timestamp | len}}', '{{and}}',
+)
+
+# What must fail, and quickly: the template, and a word of the reason.
+HOSTILE = (
+    ("{{range 100000}}{{range 100000}}x{{end}}{{end}}", "steps"),
+    ("{{range 9223372036854775807}}{{end}}", "steps"),
+    ('{{define "a"}}{{template "a" .}}{{end}}{{template "a" .}}', "deeply"),
+    ('{{define "a"}}{{if lt . 40}}{{template "a" (add . 1)}}{{template "a" (add . 1)}}{{end}}'
+     '{{end}}{{template "a" 0}}', "steps"),
+    ("{{" + "(" * 5000 + "1" + ")" * 5000 + "}}", "deeply"), ("{{if 1}}" * 5000, "deeply"),
+    ("{{if 0}}" + "{{else if 0}}" * 5000 + "{{end}}", "deeply"),
+    ('{{printf "%1000000000d" 1}}', "wide"), ('{{printf "%.1000000000f" 1.5}}', "wide"),
+    ('{{printf "%1000000d" (until 1000)}}', "text allowed"),
+    ('{{$s := "x"}}{{range 100}}{{$s = printf "%s%s" $s $s}}{{end}}', "text allowed"),
+    ("{{$s := list 1}}{{range 99}}{{$s = list $s $s}}{{end}}{{toJson $s}}", "steps"),
+    ("{{$s := list 1}}{{range 99}}{{$s = list $s $s}}{{end}}{{has $s $s}}", "steps"),
+    ('{{$d := dict}}{{$_ := set $d "a" $d}}{{$d}}', "holds itself"),
+    ("{{$s := list}}{{range 500}}{{$s = list $s}}{{end}}{{$s}}", "in each other"),
+    ('{{repeat 1000000000000 "x"}}', "text allowed"),
+    ('{{indent 1000000 (repeat 1000 "\\n")}}', "text allowed"),
+    ('{{replace "y" (repeat 100000 "x") (repeat 100000 "y")}}', "text allowed"),
+    ('{{regexReplaceAll "x" (repeat 100 "x") (repeat 100000 "y")}}', "text allowed"),
+    ('{{join (repeat 1000000 "x") (until 1000)}}', "text allowed"),
+    ("{{until 100000000000}}", "steps"),
+    ("{{$l := list}}{{range 100000}}{{$l = list $l .}}{{end}}", "steps"),
+    ('{{splitList "" (repeat 1000000 "x")}}', "steps"),
+    ('{{fromJson (repeat 5000000 "1,")}}', "steps"),
+    ("{{range 99999}}{{len $.Big}}{{end}}", "steps"), ("{{range 9}}{{$.Big}}{{end}}", "output"),
+    ('{{regexMatch "a" (repeat 1100000 "a")}}', "characters"),
+    ('{{regexReplaceAll "a" (repeat 5000 "a") (repeat 50000 "$9")}}', "steps"),
+    ('{{range 1000}}{{regexMatch "a*b" $.Long}}{{end}}', "steps"),
+    ("{{" + "9" * 100000 + "}}", "bad number"), ("{{" + "9" * 100000 + ".0}}", "bad number"),
+    ("{{0x" + "9" * 100000 + "}}", "bad number"), ("{{/*" * 50000, "unexpected"),
+    ('{{date "2006" 9223372036854775807}}', "out of range"),
+    ("{{.__class__}}", "can't evaluate field"), ("{{.Sender.__class__}}", "can't evaluate field"),
+    ("{{.Timestamp.moment}}", "can't evaluate field"), ("{{.Sender.upper}}", "can't evaluate"),
+    ("{{.Timestamp.__init__}}", "can't evaluate field"), ("{{.Odd}}", "Python's type object"),
+    ('{{set .M "a" 2}}', "only a map that the template made"),
+    ('{{set .Header "Subject" 3}}', "only a map that the template made"))
+
+# A pattern, a text, and what regexFind gives.
+REGEX_FINDS = (
+    (r"(?i)(invoice|bill)\s+#?(\d+)", "Your INVOICE  #123.", "INVOICE  #123"),
+    (r"(\d{2}:){2}", "at 12:34:56", "12:34:"), ("(?i:H)ello", "say Hello", "Hello"),
+    ("a??b", "ab", "ab"), ("(a|ab)(c|bcd)", "abcd", "abcd"), ("a{,2}", "a{,2}", "a{,2}"),
+    ("a{x", "a{x", "a{x"), ("x{0}y", "xy", "y"), ("[[:alpha:]]+", "1abc2", "abc"),
+    ("[^[:alpha:]]+", "a12b", "12"), (r"\d+", "x٣1", "1"), (r"\x41\x{42}", "AB", "AB"),
+    ("[a&&b]+", "&&", "&&"), ("[^a]", "é", "é"), (r"[\w-.]+", "<a-b.c>", "a-b.c"),
+    ("[+--]+", "a+,-.", "+,-"), ("(?i)É", "é", "é"), ("(?-s)a.b", "a\nb", ""),
+    ("a(?i)b", "aB", "aB"), ("(?i)a|b", "B", "B"), ("(a(?i)b)c", "aBC", ""), ("(|a)*", "aa", ""),
+    ("(a|b*)*c", "abac", "abac"), ("(a?){50}a{50}", "a" * 50, "a" * 50), ("a|" * 2000, "a", "a"),
+    ("invoice [0-9]+", "abc inv " * 50000, ""))
+# A pattern, a text, a replacement, and what regexReplaceAll gives.
+REGEX_REPLACEMENTS = (
+    ("a", "a", "$x$", "$"), ("a", "a", "${}", "${}"), ("a", "a", "$1x", ""),
+    ("(a)", "a", "$01", ""),
+    ("(?<n>a)", "a", "[$n]", "[a]"), ("(a|(b))+", "ab", "[$1$2]", "[bb]"),
+    ("a|b|", "abc", "-", "--c-"), ("(?i)[a-c]", "aBCd", "x", "xxxd"),
+    ("(a+)+", "aab", "<$1>", "<aa>b"), ("a.*b|a", "aa", "x", "xx"))
+REFUSED_PATTERNS = (
+    "a**", "*", "(?=a)", "(?<=a)b", r"(a)\1", "(?P=n)", "a*+b", "(?>a)", "(?#a)", "a{2,1}",
+    "a{1001}", "a{0,1001}", "((a{100}){100}){100}", "(", ")", "a)b)", "[a", r"\q", r"\p{L}",
+    "[[:^alpha:]]", "[[:nope:]]", "[z-a]", "(" * 200 + ")" * 200, "a" * 5001)
+# Patterns that others find slow, each with the most steps that a rendering may need for 500 "a".
+HARD_PATTERNS = (
+    ("(a+)+$", 1000), ("a*a*a*b", 1000), ("(a|a)*b", 1000), ("(.*)*x", 1000),
+    ("a{0,300}a{0,300}", 1500), ("(a?){50}a{50}b", 20000),
+    ("a.*b|a", 1000), ("(.*)(.*)(.*)z", 1500))
+
+
+class HostileTemplateTest(unittest.TestCase):
+    """What templates may not do."""
+
+    def test_bounds(self) -> None:
+        """Each bound ends in TemplateError, with a place."""
+        fields = {**sample_fields(), "Big": "x" * 4000000, "Odd": object(), "Long": "a" * 8000}
+        for text, reason in HOSTILE:
+            with self.subTest(text[:80]), self.assertRaisesRegex(TemplateError, reason) as caught:
+                Template(text).render(fields, WORLD, 10 << 20, 20000)
+            self.assertGreater(caught.exception.column, 0)
+
+    def test_nothing_is_reached_by_name(self) -> None:
+        """A map has keys only, and a header nothing but Get."""
+        text = "{{.M.__class__}}{{.M.keys}}{{.Header.items}}{{.M.__init__.x}}"
+        self.assertEqual(render(text), "<no value>" * 4)
+
+    def test_what_others_find_slow(self) -> None:
+        """Templates and texts that take others much time, or more stack than there is."""
+        for text, expected in (
+                ('{{fromJson (repeat 100000 "[")}}', "<no value>"),
+                ('{{int (repeat 9999 "9")}}', "0"), ("{{" + "(" * 90 + "1" + ")" * 90 + "}}", "1"),
+                ("{{if 1}}" * 90 + "x" + "{{end}}" * 90, "x"),
+                ("{{1" + "|print" * 2000 + "}}", "1"), ("{{" + " " * 99999 + "1}}", "1")):
+            with self.subTest(text[:60]):
+                self.assertEqual(render(text), expected)
+
+    def test_hard_patterns(self) -> None:
+        """Patterns take few steps, or are refused when a text makes it too many."""
+        for pattern, steps in HARD_PATTERNS:
+            for text in ("a" * 500, "a" * 499 + "!"):
+                with self.subTest(pattern):
+                    Template("{{regexMatch .P .T}}").render({"P": pattern, "T": text},
+                                                            max_steps=steps)
+        for pattern in ("(a+)+$", "(a){1000}b", "a{0,300}a{0,300}b"):
+            with self.subTest(pattern), self.assertRaisesRegex(TemplateError, "too many steps"):
+                Template("{{regexMatch .P .T}}").render({"P": pattern, "T": "a" * 40000 + "b!"},
+                                                        max_steps=20000)
+
+    def test_little_stack(self) -> None:
+        """Deep templates fail as templates do, also where the caller has used up the stack."""
+        template = Template("{{if 1}}" * 90 + "{{end}}" * 90)
+
+        def dive(depth: int) -> str:
+            return dive(depth - 1) if depth else template.render({})
+        with self.assertRaises((TemplateError, RecursionError)):
+            dive(sys.getrecursionlimit() - 150)
+        deep = ('{{define "a"}}' + "{{with .}}" * 20 + '{{template "a" .}}' + "{{end}}" * 20
+                + '{{end}}{{template "a" 1}}')
+        with self.assertRaisesRegex(TemplateError, "deeply"):
+            render(deep)
+
+    def test_world(self) -> None:
+        """Nothing is known of the world but what is handed in."""
+        self.assertEqual(Template('{{env "HOME"}}|{{env "PATH"}}').render({}), "|")
+        for text in ("{{now}}", "{{uuidv4}}", '{{date "2006" "x"}}'):
+            with self.subTest(text), self.assertRaises(TemplateError):
+                Template(text).render({})
+
+    def test_fields_stay_as_they_are(self) -> None:
+        """A template makes new lists and maps."""
+        fields = sample_fields()
+        Template('{{$d := dict "m" .M}}{{$_ := set $d "x" 1}}{{rest .L}}{{keys .M}}').render(fields)
+        self.assertEqual(fields, sample_fields())
+
+
+class TemplateLanguageTest(unittest.TestCase):
+    """The language, printing and functions."""
+
+    def test_like_go(self) -> None:
+        """Templates that Go renders give what it gives."""
+        for text, expected in LIKE_GO:
+            with self.subTest(text):
+                self.assertEqual(render(text), expected)
+
+    def test_refused_by_go(self) -> None:
+        """Templates that Go refuses are refused."""
+        for text in REFUSED_BY_GO:
+            with self.subTest(text), self.assertRaises(TemplateError):
+                render(text)
+
+    def test_regular_expressions(self) -> None:
+        """Patterns find what they find in Go, and are refused where RE2 does not know them."""
+        for pattern, text, expected in REGEX_FINDS:
+            with self.subTest(pattern[:80]):
+                self.assertEqual(render("{{regexFind .P .T}}", P=pattern, T=text), expected)
+        for pattern, text, new, expected in REGEX_REPLACEMENTS:
+            with self.subTest(pattern, new=new):
+                self.assertEqual(
+                    render("{{regexReplaceAll .P .T .W}}", P=pattern, T=text, W=new), expected)
+        for pattern in REFUSED_PATTERNS:
+            with self.subTest(pattern[:80]), self.assertRaisesRegex(TemplateError, "regular expr"):
+                render('{{regexMatch .P "a"}}', P=pattern)
+
+    def test_places(self) -> None:
+        """Errors say where they are, be they found early or late."""
+        for text, expected in (
+                ("a\n\n  {{.N}} {{foo}}", 'line 3, column 12: function "foo" is not defined'),
+                ("{{if .N}}\nx", "line 2, column 2: an {{end}} is missing"),
+                ("é\n{{ len\n  .N }}", "line 2, column 4: len of type int"),
+                ("{{range .L}}\n {{.X}}{{end}}", "line 2, column 4: can't evaluate field X"),
+                ('{{define "x"}}\n{{index . 9}}{{end}}{{template "x" .L}}', "line 2, column 3: "),
+                ('{{.N}}\n{{"\\q"}}', 'line 2, column 3: "\\q" is no valid literal'),
+                ("x {{.N }", "line 1, column 8: unexpected '}'")):
+            with self.subTest(text), self.assertRaises(TemplateError) as caught:
+                render(text)
+            self.assertIn("template: " + expected, str(caught.exception))
+        with self.assertRaisesRegex(TemplateError, "payload: line 1, column 3: unclosed action"):
+            Template("{{", "payload")
+
+    def test_check(self) -> None:
+        """A dry run finds fields that there are not."""
+        Template("{{.ID}} {{.M.zip}}").check(sample_fields())
+        with self.assertRaisesRegex(TemplateError, "field Subject"):
+            Template("{{.Subject}}").check(sample_fields())
+
+    def test_bytes(self) -> None:
+        """Bytes that are no UTF-8 pass through, and join to characters again."""
+        for text, expected in (
+                ('{{.X}} {{len .X}} {{printf "%q %x" .X .X}}', "\udcff\xe9 3 \"\\xff\xe9\" ffc3a9"),
+                ('{{slice .X 1 2}}{{slice .X 2 3}}', "\xe9"), ("{{toJson .X}}", '"\ufffd\xe9"'),
+                ('{{b64enc .X}} {{b64dec (b64enc .X)}}', "/8Op \udcff\xe9"),
+                ("{{urlquery .X}}", "%FF%C3%A9"), ("{{.Y}}{{len .Y}}", "\ufffd3"),
+                ('{{"\\xc3\\xa9" | upper}}', "\xc9")):
+            with self.subTest(text):
+                self.assertEqual(render(text, X="\udcff\xe9", Y="\ud800"), expected)
+
+    def test_world_that_is_there(self) -> None:
+        """Clock, zones, environment and random numbers are those handed in."""
+        for text, expected in (
+                ('{{env "HOME"}} {{env "PATH"}}|{{uuidv4 | len}}', "/home/x |36"),
+                ("{{now.Year}} {{date `2006` now}} {{date `15:04` `?`}}", "2022 2022 14:04"),
+                ('{{.T.Format "MST -07 Z07:00"}} {{.T.Local}}',
+                 "-0330 -03 -03:30 2022-01-02 14:04:05.12 +0000 UTC")):
+            zone = datetime.timezone(-datetime.timedelta(hours=3, minutes=30, seconds=15))
+            with self.subTest(text):
+                self.assertEqual(render(text, T=GoTime(MOMENT.astimezone(zone))), expected)
+
+    def test_tuples(self) -> None:
+        """Tuples are lists."""
+        self.assertEqual(render("{{range .X}}{{.}}{{end}} {{index .X 1}}", X=("a", "b")), "ab b")
+
+    def test_default_payload(self) -> None:
+        """The payload of smtp-pigeon, which must keep working."""
+        text = ('{"id": {{.ID | toJson}}, "timestamp": "'
+                '{{.Timestamp.UTC.Format "2006-01-02T15:04:05Z07:00"}}", "sender": {{toJson .Sender'
+                '}}, "recipients": [{{range $i, $r := .Recipients}}{{if $i}}, {{end}}'
+                '{{printf "%q" $r}}{{end}}], "subject": {{.Header.Get "Subject" | toJson}}}')
+        self.assertEqual(render(text), '{"id": "c7f1", "timestamp": "2022-01-02T14:04:05Z", '
+                         '"sender": "a@b.c", "recipients": ["x@y.z", "q@r.s"], '
+                         '"subject": "On my way"}')
+
+    def test_every_function_is_tested(self) -> None:
+        """Each function is named in some template here."""
+        texts = " ".join([row[0] for row in (*LIKE_GO, *HOSTILE)] + list(REFUSED_BY_GO)) + "now"
+        words = set(re.findall(r"\w+", texts)) | {"uuidv4"}
+        self.assertEqual(sorted(set(pegmail.TEMPLATE_FUNCTIONS) - words), [])
+
+    def test_plain(self) -> None:
+        """A text without braces is itself; the output is as long as it may be, and no longer."""
+        template = Template("a } b\n")
+        self.assertTrue(template.is_plain and not Template("{{.ID}}").is_plain)
+        self.assertEqual((template.text, template.render({}, max_output=6)), ("a } b\n", "a } b\n"))
+        with self.assertRaises(TemplateError):
+            template.render({}, max_output=5)
 
 
 # =====================================================================================
