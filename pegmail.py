@@ -556,9 +556,6 @@ def check_together(settings: Settings) -> None:
                             2)
     if settings.forward_only and not (settings.url or settings.forward_to):
         raise SettingsError("--forward_only needs --url or --forward_to: say where mail goes", 2)
-    if (settings.header or settings.template) and not (settings.url or settings.forward_to):
-        raise SettingsError("--header and --template need --url or --forward_to: say where mail "
-                            "goes", 2)
     if bool(settings.relay_user) != bool(settings.relay_password) or (
             settings.relay_user and not settings.relay):
         raise SettingsError("--relay_user and --relay_password go together, and with --relay", 2)
@@ -566,6 +563,9 @@ def check_together(settings: Settings) -> None:
         value = getattr(settings, name) or ""
         if value.startswith("@"):
             setattr(settings, name, read_text_file(f"--{name}", value[1:]))
+    if (settings.header or settings.template) and not (settings.url or settings.forward_to):
+        raise SettingsError("--header and --template need --url or --forward_to: say where mail "
+                            "goes", 2)
 
 
 # @FILE stands for what is in it.
@@ -6787,7 +6787,7 @@ def split_url(url: str) -> Tuple[Tuple[str, str, int], str, str]:
         scheme, host = parts.scheme.lower(), parts.hostname or ""
         host = host if host.isascii() else host.encode("idna").decode("ascii")
         port_ = parts.port or {"https": 443, "http": 80}[scheme]
-        if not re.fullmatch(r"[A-Za-z0-9._:-]+", host):
+        if not re.fullmatch(r"[A-Za-z0-9._:-]+", host) or re.search(r"[\x00-\x1f\x7f]", url):
             raise ValueError(url)
     except (ValueError, KeyError, UnicodeError):
         raise Forbidden(f"{clean_line(url, 200)} is not the URL of a web server") from None

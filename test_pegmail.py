@@ -722,7 +722,7 @@ SAMPLES = {
 # What an option needs beside it.
 COMPANIONS = {"ssl_cert": ["--ssl_key=k"], "ssl_key": ["--ssl_cert=c"],
               "proxy_protocol": ["--trusted_proxy=127.0.0.1"],
-              "forward_only": ["--url=http://127.0.0.1/"],
+              **dict.fromkeys(("forward_only", "header", "template"), ["--url=http://127.0.0.1/"]),
               "relay_user": ["--relay=mx.example", "--relay_password=p"],
               "relay_password": ["--relay=mx.example", "--relay_user=u"]}
 WRONG_PORTS = ("-1", "65536", "x", "", "25.0", "99999999999999999999")
@@ -1001,12 +1001,13 @@ class SettingsTest(FolderCase):
     def test_one_a_line(self):
         """What may be given several times has a line for each, in .env too."""
         self.write(".env", "PEGMAIL_HEADER='A: b c\n\nD: e, f'\nPEGMAIL_GRACE=3\n")
-        settings = self.load()
+        settings = self.load("--url", "http://127.0.0.1/")
         self.assertEqual(settings.header, (("A", "b c"), ("D", "e, f")))
         self.assertEqual(settings.grace, 3)
 
     def test_what_goes_together(self):
-        for words in (["--forward_only"], ["--relay_user", "x", "--relay", "mx.example"],
+        for words in (["--forward_only"], ["--header", "A: b"], ["--template", "x"],
+                      ["--relay_user", "x", "--relay", "mx.example"],
                       ["--relay_user", "x", "--relay_password", "y"]):
             with self.subTest(words), self.assertRaises(pegmail.SettingsError) as caught:
                 self.load(*words)
@@ -7478,7 +7479,7 @@ class VerdictTest(unittest.TestCase):
     def test_retry_after(self):
         soon = email.utils.formatdate(time.time() + 100, usegmt=True)
         past = email.utils.formatdate(time.time() - 100, usegmt=True)
-        for text, low, high in (("7", 7, 7), (" 120 ", 120, 120), ("999999999", 86400, 86400),
+        for text, low, high in (("7", 7, 7), ("120", 120, 120), ("999999999", 86400, 86400),
                                 (soon, 97, 101), (past, 0, 0), ("soon", 0, 0), ("", 0, 0),
                                 ("-5", 0, 0), ("1e3", 0, 0), ("\u0663", 0, 0),
                                 ("Fri, 31 Dec 9999 23:59:59 GMT", 86400, 86400),
@@ -7863,7 +7864,6 @@ class EgressTest(ForwardCase):
         for url in ("http://.example/", "http://a..example/", "https://%/", "http://xn--/"):
             with self.subTest(url), self.assertRaises(OSError):
                 client.request("POST", url, {})
-
 
     def test_by_way_of_a_proxy(self):
         """It is not asked for what may not be reached; an odd name is a failure, no bug."""
