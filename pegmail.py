@@ -556,6 +556,11 @@ def check_together(settings: Settings) -> None:
                             2)
     if settings.forward_only and not (settings.url or settings.forward_to):
         raise SettingsError("--forward_only needs --url or --forward_to: say where mail goes", 2)
+    for onto in settings.forward_to:
+        if normalize_domain(onto.target.rpartition("@")[2]) in settings.server_host and (
+                onto.target.lower().startswith("mailto:")):
+            raise SettingsError(f"--forward_to {onto.target}: is in a domain of --server_host, so "
+                                "mail would come back here", 2)
     if bool(settings.relay_user) != bool(settings.relay_password) or (
             settings.relay_user and not settings.relay):
         raise SettingsError("--relay_user and --relay_password go together, and with --relay", 2)
@@ -6454,9 +6459,15 @@ class Intake:
         return str(uuid.uuid4())
 
     def plan(self, envelope: Envelope) -> List[Onward]:
-        """Return where a message goes on to."""
-        return [make_onward(forward.target, self.settings.forward_only)
-                for forward in self.forwards if is_for(forward, envelope)]
+        """Return where a message goes on to; those of one mail domain share a delivery."""
+        found: Dict[str, Onward] = {}
+        for forward in self.forwards:
+            if is_for(forward, envelope):
+                onward = make_onward(forward.target, self.settings.forward_only)
+                known = found.get(onward.target, onward).recipients
+                found[onward.target] = onward._replace(
+                    recipients=tuple(dict.fromkeys(known + onward.recipients)))
+        return list(found.values())
 
     def hand_in(self) -> None:
         """Give the writer the messages that came meanwhile, and so wake it once."""
@@ -8373,8 +8384,12 @@ def found_or_nothing(answer: Dict[str, Any]) -> Any:
 def list_messages(request: Request, items: Callable[[Sequence[Message]], str]) -> Any:
     """Return the page of messages that the parameters describe, in the form they ask for."""
     params, wanted = request.params, request.filter()
-    messages = digested(request.store, request.store.page(
-        wanted, params["count"], params["offset"], bool(params["reverse"])))
+    page = request.store.page(wanted, params["count"], params["offset"], bool(params["reverse"]))
+    messages = digested(request.store, page)
+
+    def count() -> int:                 # a page that is not full has all that there is
+        full = params["offset"] or len(page) == params["count"]
+        return request.store.count(wanted) if full else len(page)
     if params["format"] == "text":
         answer = Answer("".join(map(text_line, messages)).encode("utf-8", "replace"),
                         "text/plain; charset=utf-8")
@@ -8382,13 +8397,13 @@ def list_messages(request: Request, items: Callable[[Sequence[Message]], str]) -
         tag = make_tag(str([message.id for message in messages]).encode())
         answer = Answer(mbox_pieces(request.store, messages), "application/mbox", {"ETag": tag})
     elif sum(message.size for message in messages) < MAX_PAGE:
-        text = '{"items":[%s],"count":%d}' % (items(messages), request.store.count(wanted))
+        text = '{"items":[%s],"count":%d}' % (items(messages), count())
         answer = Answer(text.encode("utf-8", "replace"), "application/json")
     else:
-        count = request.store.count(wanted)
-        tag = make_tag(str([(message.id, message.is_read) for message in messages] + [count])
+        total = count()
+        tag = make_tag(str([(message.id, message.is_read) for message in messages] + [total])
                        .encode())
-        answer = Answer(json_pieces(messages, items, count), "application/json", {"ETag": tag})
+        answer = Answer(json_pieces(messages, items, total), "application/json", {"ETag": tag})
     if messages or not params["count"]:
         return answer
     raise Nothing(answer)

@@ -1007,6 +1007,7 @@ class SettingsTest(FolderCase):
 
     def test_what_goes_together(self):
         for words in (["--forward_only"], ["--header", "A: b"], ["--template", "x"],
+                      ["--server_host", "a.example", "--forward_to", "mailto:x@A.example"],
                       ["--relay_user", "x", "--relay", "mx.example"],
                       ["--relay_user", "x", "--relay_password", "y"]):
             with self.subTest(words), self.assertRaises(pegmail.SettingsError) as caught:
@@ -8604,6 +8605,19 @@ class RelayTest(ForwardCase):
         until(lambda: server.get("/count")["count"] == 2, "the bounce")
         self.assertIn("451 4.3.0 not now", json.dumps(server.get("/mail?mail_id=2")["mail_body"]))
         self.assertEqual(self.wait_for_state(server, "failed")[0]["event"], "arrival")
+
+    def test_one_transaction_for_a_domain(self):
+        """Several forwards to one domain are one delivery."""
+        settings = pegmail.Settings(forward_to=tuple(map(pegmail.forward, (
+            "mailto:ann@far.example", "mailto:bob@Far.example", "mailto:eve@far.example to=z*",
+            "mailto:x@other.example", "mailto:ann@far.example from=a*"))))
+        store = pegmail.Store(self.new_folder() + "/mail.db", self.new_folder() + "/media")
+        self.addCleanup(store.close)
+        plan = pegmail.Intake(settings, store).plan(
+            pegmail.Envelope("a@b.example", ("c@d.example",)))
+        self.assertEqual(plan, [
+            pegmail.Onward("mail far.example", ("ann@far.example", "bob@Far.example")),
+            pegmail.Onward("mail other.example", ("x@other.example",))])
 
     def test_mx(self):
         """Without --relay: the hosts that --dns_server names, in order, on port 25."""
