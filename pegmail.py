@@ -4292,11 +4292,18 @@ class Outbox:
 
     def settle(self, entries: Sequence[Entry]) -> None:
         """Write down what became of deliveries, and forget messages that are only forwarded."""
+        done = [entry for entry in entries if entry.state == "delivered"]
+        other = [entry for entry in entries if entry.state != "delivered"]
+
         def work(db: sqlite3.Connection) -> None:
+            db.execute("UPDATE outbox SET state = 'delivered', due = ?, attempts = attempts + 1, "
+                       "error = '' WHERE state = 'waiting' AND id IN (%s)"
+                       % ",".join("?" * len(done)),
+                       [self.forget_at("delivered"), *(entry.id for entry in done)])
             db.executemany("UPDATE outbox SET state = ?, due = ?, attempts = ?, error = ?, "
                            "recipients = ? WHERE id = ? AND state = 'waiting'",
                            [(entry.state, entry.due, entry.attempts, entry.error,
-                             entry.recipients, entry.id) for entry in entries])
+                             entry.recipients, entry.id) for entry in other])
             for entry in entries:
                 if entry.target.startswith("webhook "):
                     self.count_failures(db, entry)
@@ -6385,6 +6392,8 @@ def is_loopback(peer: str) -> bool:
 
 COURIERS = 16                 # threads; half of them at most for targets that fail
 PAGE = 50                     # deliveries that a lane takes from the outbox in one go
+SPARE_SECONDS = 5.0           # that a lane with nothing to do keeps its connection
+REST_SECONDS = 0.05           # between two pages of a lane, unless more is due already
 SLOW_SECONDS = 0.005          # a delivery; of a faster target several at once win nothing
 SETTLE_SECONDS = 0.5          # after which what became of them is written down
 HOUSE_SECONDS = 2.0           # how often the outbox is looked through
@@ -7679,8 +7688,10 @@ class Lane:
         self.client: Any = None
         self.follower: Any = None       # what goes where a 303 leads
         self.when = 0.0                 # when it is to be looked at, on the clock of time.monotonic
+        self.rest = 0.0                 # until then more may gather: few large pages cost less
         self.busy = False
         self.again = False              # something came while it was busy
+        self.spare = False              # there was nothing to do when it was last looked at
         self.failures = 0               # in a row, of the target itself
         self.suspect = False            # it had failures when it was taken up
         self.loaded: Dict[int, Any] = {}        # the messages of the page that is being worked on
@@ -7768,7 +7779,7 @@ class Couriers:
                         lane = self.lanes[target, number_] = Lane(target, number_, count, ordered)
                     lane.again = True
                     if not lane.failures:
-                        lane.when = 0.0
+                        lane.when = lane.rest
             self.call_thread()
 
     def run(self) -> None:
@@ -7813,8 +7824,9 @@ class Couriers:
             if not self.running[lane.target]:
                 del self.running[lane.target]
             lane.busy = False
+            lane.rest = time.monotonic() + REST_SECONDS
             if lane.again and not lane.failures:
-                pause = 0.0
+                pause = REST_SECONDS
             if pause is not None:
                 lane.when = time.monotonic() + pause
             else:
@@ -7849,8 +7861,12 @@ class Couriers:
         """Deliver what is due in a lane; return in how many seconds to look again, None: never."""
         entries = self.outbox.take(lane.target, lane.number, lane.count, PAGE)
         now, begun = int(self.store.now() * 1000), time.monotonic()
-        if not entries or entries[0].due > now:
-            return (entries[0].due - now) / 1000 if entries else None
+        if not entries:                 # it and its connection stay a while, should more come
+            lane.spare = not lane.spare
+            return SPARE_SECONDS if lane.spare else None
+        lane.spare = False
+        if entries[0].due > now:
+            return (entries[0].due - now) / 1000
         over, pause = [], 0.0
         lane.loaded = self.outbox.load(entries)
         for entry in entries:
@@ -9435,8 +9451,8 @@ class LogWriter(logging.Handler):
         if record.exc_info:
             text += "\n" + logging.Formatter().formatException(record.exc_info)
         if self.form == "text":
-            date = time.strftime("%Y/%m/%d %H:%M:%S ", time.localtime(record.created))
-            return (date if self.dated else "") + text + "\n"
+            return (time.strftime("%Y/%m/%d %H:%M:%S ", time.localtime(record.created))
+                    if self.dated else "") + text + "\n"
         values = {"time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
                   + ".%03dZ" % (record.msecs), "level": record.levelname.lower()}
         session, _, rest = text.partition(" ")
