@@ -2353,7 +2353,7 @@ class Envelope(NamedTuple):
     protocol: str = "SMTP"       # the word behind "with" in Received (RFC 3848)
     tls: str = ""                # version and cipher, or nothing
     ident: str = ""              # session and transaction, as in the log
-    key: str = ""                # what its deliveries are known by; made when empty
+    key: str = ""                # what its deliveries are known by, if the session says so
 
 
 class Reply(NamedTuple):
@@ -2802,17 +2802,22 @@ CREATE INDEX webhook_mailbox ON webhook (mailbox);
 """)
 SEARCH_TABLE = """CREATE VIRTUAL TABLE IF NOT EXISTS search USING fts5(
     sender, recipients, subject, content='', tokenize='trigram case_sensitive 1')"""
-# The writer's own: what is inserted here goes to both tables.
+# The writer's own: what is inserted here goes to all tables that an arrival has a row in.
 ARRIVAL = """PRAGMA temp_store = MEMORY;
 CREATE TEMP VIEW arrival AS
-    SELECT id, received, sender, recipients, subject, size, peer, trace, raw, file
+    SELECT id, received, sender, recipients, subject, size, peer, trace, raw, file,
+           '' AS target, '' AS key, '' AS onto, 0 AS only
     FROM message JOIN content USING (id);
 CREATE TEMP TRIGGER arrive INSTEAD OF INSERT ON arrival BEGIN
     INSERT INTO message (id, received, sender, recipients, subject, size)
         VALUES (NEW.id, NEW.received, NEW.sender, NEW.recipients, NEW.subject, NEW.size);
     INSERT INTO content (id, peer, trace, raw, file)
         VALUES (NEW.id, NEW.peer, NEW.trace, NEW.raw, NEW.file);
+    INSERT INTO outbox (message, target, key, event, recipients, only, created, due)
+        SELECT NEW.id, NEW.target, NEW.key, 'arrival', NEW.onto, NEW.only, NEW.received,
+               NEW.received WHERE NEW.target <> '';
 END;"""
+NOT_ONWARD = ("", "", "", 0)
 MESSAGE = ("m.id, m.received, m.sender, m.recipients, m.subject, m.is_read, m.size, m.attachments, "
            "m.digested")
 
@@ -3347,7 +3352,7 @@ class Incoming(NamedTuple):
     subject: str
     content: Union[bytes, Spool]
     onward: Sequence[Onward] = ()
-    key: str = ""                       # what the deliveries are known by; made when empty
+    key: str = ""                       # what its deliveries are known by, if it has any
 
 
 Done = Callable[[Any, Optional[BaseException]], None]    # done(result, error), on any thread
@@ -3654,7 +3659,8 @@ class Store:
         received = max(draft.last_time, int(self.now() * 1000))
         first = draft.last_id + 1
         rows: List[Any] = []
-        for ident, (envelope, trace, subject, content, *_) in enumerate(incoming, first):
+        for ident, message in enumerate(incoming, first):
+            envelope, trace, subject, content, onward, key = message
             if isinstance(content, Spool):
                 if not self.media.has(content.hash):
                     raise StoreError("its file was removed as a message like it went away")
@@ -3663,9 +3669,11 @@ class Store:
                 length, raw, file = len(content), content, None
             rows += (ident, received, envelope.sender, "\n".join(envelope.recipients),
                      subject, len(trace) + length, envelope.peer, trace, raw, file)
+            rows += ((onward[0].target, key, "\n".join(onward[0].recipients), onward[0].only)
+                     if onward else NOT_ONWARD)
         count = len(incoming)
-        self.db.execute("INSERT INTO arrival VALUES (?,?,?,?,?,?,?,?,?,?)"
-                        + ",(?,?,?,?,?,?,?,?,?,?)" * (count - 1), rows)
+        self.db.execute("INSERT INTO arrival VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?)"
+                        + ",(?,?,?,?,?,?,?,?,?,?,?,?,?,?)" * (count - 1), rows)
         self.outbox.add_arrivals(self.db, first, received, incoming)
         self.draft = draft._replace(last_id=draft.last_id + count, last_time=received,
                                     first_id=draft.first_id or first, total=draft.total + count)
@@ -4184,8 +4192,8 @@ class Outbox:
         self.hooks = hooks              # by mailbox, at most MAX_WEBHOOKS
 
     def concerns(self, incoming: Sequence[Incoming]) -> bool:
-        """Would any of these messages have a row here?"""
-        return bool(self.hooks) or any(message.onward for message in incoming)
+        """Has any of these messages more rows here than the one that comes with its arrival?"""
+        return bool(self.hooks) or any(len(message.onward) > 1 for message in incoming)
 
     def tell(self) -> None:
         """Take note of what is committed now, and let the couriers know of new rows."""
@@ -4200,13 +4208,15 @@ class Outbox:
 
     def add_arrivals(self, db: sqlite3.Connection, first: int, now: int,
                      incoming: Sequence[Incoming]) -> None:
-        """Add the deliveries of messages that have just been inserted."""
+        """Add the further deliveries of messages that have just been inserted."""
         rows: List[Tuple[Any, ...]] = []
         for ident, message in enumerate(incoming, first):
-            key = message.key or (str(uuid.uuid4()) if message.onward or self.hooks else "")
-            rows += [(ident, onward.target, key, "arrival", "\n".join(onward.recipients), None,
-                      onward.only, now, now) for onward in message.onward]
-            rows += self.event_rows("arrival", ident, message.envelope.recipients, key, now, None)
+            self.fresh.update(onward.target for onward in message.onward[:1])
+            rows += [(ident, onward.target, message.key, "arrival", "\n".join(onward.recipients),
+                      None, onward.only, now, now) for onward in message.onward[1:]]
+            if self.hooks:
+                rows += self.event_rows("arrival", ident, message.envelope.recipients,
+                                        message.key or str(uuid.uuid4()), now, None)
         self.add_rows(db, rows)
 
     def event_rows(self, event: str, ident: int, mailboxes: Iterable[str], key: str, now: int,
@@ -4228,7 +4238,7 @@ class Outbox:
 
     def add_event(self, db: sqlite3.Connection, event: str, message: Message) -> None:
         """Tell the webhooks of a message's mailboxes that it was read or is being deleted."""
-        payload = json_text(message._asdict()) if event == "deletion" and self.hooks else None
+        payload = json_text(message._asdict()) if self.hooks else None      # it may soon be gone
         self.add_rows(db, self.event_rows(event, message.id, message.recipients.split("\n"),
                                           str(uuid.uuid4()), int(self.store.now() * 1000), payload))
 
@@ -6395,6 +6405,8 @@ PAGE = 50                     # deliveries that a lane takes from the outbox in 
 SPARE_SECONDS = 5.0           # that a lane with nothing to do keeps its connection
 REST_SECONDS = 0.05           # between two pages of a lane, unless more is due already
 SLOW_SECONDS = 0.005          # a delivery; of a faster target several at once win nothing
+POLITENESS = 0.3              # of the time that a page took, a pause for reception
+MAX_YIELD = 0.05              # seconds
 SETTLE_SECONDS = 0.5          # after which what became of them is written down
 HOUSE_SECONDS = 2.0           # how often the outbox is looked through
 STOP_SECONDS = 3.0            # that a request under way may take when the server stops
@@ -6461,7 +6473,8 @@ class Intake:
             self.loop.call_soon(self.loop.call_soon, self.hand_in)
         self.jobs.append(Job(Incoming(
             envelope, trace, read_subject(head), content,
-            self.plan(envelope) if self.forwards else (), envelope.key), done))
+            self.plan(envelope) if self.forwards else (),
+            envelope.key or (self.new_key() if self.forwards else "")), done))
 
     def new_key(self) -> str:
         """Return what a message and its deliveries are to be known by."""
@@ -6999,13 +7012,13 @@ class Composer:
             "timestamp": rfc3339(entry.created)}
         if entry.event == "test":
             payload["message"] = "This is a test of a webhook"
-        elif entry.payload:
-            payload["email"] = self.email(Message(**json.loads(entry.payload)), hook.mailbox, None)
-        elif message is None:
-            raise KeyError(entry.message)
-        else:
+        elif message is not None:
             payload["email"] = self.email(message, hook.mailbox,
                                           find_parts(self.store, message.id))
+        elif entry.payload:
+            payload["email"] = self.email(Message(**json.loads(entry.payload)), hook.mailbox, None)
+        else:
+            raise KeyError(entry.message)
         return hook.url, {"Content-Type": "application/json"}, json_text(payload).encode("utf-8")
 
     def email(self, message: Message, mailbox: str, parts: Optional[Parts]) -> Dict[str, Any]:
@@ -7867,7 +7880,7 @@ class Couriers:
         lane.spare = False
         if entries[0].due > now:
             return (entries[0].due - now) / 1000
-        over, pause = [], 0.0
+        over, pause, last_id = [], 0.0, self.store.totals.last_id
         lane.loaded = self.outbox.load(entries)
         for entry in entries:
             if entry.due > now:
@@ -7881,11 +7894,14 @@ class Couriers:
             lane.failures = 0
             if self.stopping or time.monotonic() - begun > SETTLE_SECONDS:
                 break
-        if (time.monotonic() - begun) / len(over) > SLOW_SECONDS:
+        worked = time.monotonic() - begun
+        self.outbox.settle(over)
+        if worked / len(over) > SLOW_SECONDS:
             self.slow.add(lane.target)
         else:
             self.slow.discard(lane.target)
-        self.outbox.settle(over)
+            if self.store.totals.last_id > last_id:     # mail came in meanwhile, and goes first
+                time.sleep(min(MAX_YIELD, POLITENESS * worked))
         if pause and not self.outbox.take(lane.target, lane.number, lane.count, 1):
             return None                 # a webhook that is disabled now, and may come back
         return pause
@@ -10168,9 +10184,10 @@ def keep_directly(settings: Settings, sender: str, recipients: List[str], conten
                             secrets.token_hex(4) + ".1")
         trace = trace_fields(envelope, settings.hostname, intake.now_text())
         if kept:
-            store.add([Job(Incoming(
-                envelope, trace, read_subject(content[:header_length(content)]), content,
-                intake.plan(envelope)), lambda result, error: future.set_result(error))])
+            subject = read_subject(content[:header_length(content)])
+            store.add([Job(Incoming(envelope, trace, subject, content, intake.plan(envelope),
+                                    intake.new_key()),
+                           lambda result, error: future.set_result(error))])
             if future.result() is not None:
                 print(f"sendmail: {future.result()}", file=sys.stderr)
                 return EX_TEMPFAIL
