@@ -4462,7 +4462,7 @@ class Desk:
 
 
 def mailbox_name(address: str) -> str:
-    """Return an address as mailboxes are compared: without case, and without a subaddress."""
+    """Return an address as mailboxes are compared: without case."""
     return address.lower()
 
 
