@@ -7721,7 +7721,8 @@ class Couriers:
     """Threads that deliver what is in the outbox; made by Server.
 
     A target that hangs holds its own lanes only; targets that fail hold half of the threads at
-    most, so the others have the rest.
+    most, so the others have the rest. The first lane of a target that answers fast has all of its
+    deliveries; the others have their share as soon as it is slow.
     """
 
     def __init__(self, settings: Settings, store: Store, loop: Loop, api_url: str) -> None:
@@ -7732,7 +7733,7 @@ class Couriers:
         self.lanes: Dict[Tuple[str, int], Lane] = {}    # those with something to do
         self.failing = 0                # lanes of failing targets that are being worked on
         self.running: Dict[str, int] = collections.Counter()    # lanes that are, by target
-        self.slow: Set[str] = set()     # targets that are worth more than one lane at a time
+        self.slow: Set[str] = set()     # targets whose lanes all work
         self.stopping = False
         self.attempts: Dict[str, int] = collections.Counter()     # by how they ended
         self.heavy = threading.Semaphore(HEAVY_AT_ONCE)
@@ -7815,7 +7816,8 @@ class Couriers:
                 now = time.monotonic()
                 free = [lane for lane in self.lanes.values() if not lane.busy
                         and (not lane.failures or self.failing < COURIERS // 2)
-                        and (lane.target in self.slow or not self.running[lane.target])]
+                        and (lane.target in self.slow
+                             or lane.number == 0 == self.running[lane.target])]
                 lane = min(free, key=lambda lane: lane.when, default=None)
                 if lane is not None and lane.when <= now:
                     lane.busy, lane.again, lane.suspect = True, False, lane.failures > 0
@@ -7872,7 +7874,8 @@ class Couriers:
 
     def work(self, lane: Lane) -> Optional[float]:
         """Deliver what is due in a lane; return in how many seconds to look again, None: never."""
-        entries = self.outbox.take(lane.target, lane.number, lane.count, PAGE)
+        count = lane.count if lane.target in self.slow else 1      # then the first has them all
+        entries = self.outbox.take(lane.target, lane.number, count, PAGE)
         now, begun = int(self.store.now() * 1000), time.monotonic()
         if not entries:                 # it and its connection stay a while, should more come
             lane.spare = not lane.spare
@@ -7902,7 +7905,7 @@ class Couriers:
             self.slow.discard(lane.target)
             if self.store.totals.last_id > last_id:     # mail came in meanwhile, and goes first
                 time.sleep(min(MAX_YIELD, POLITENESS * worked))
-        if pause and not self.outbox.take(lane.target, lane.number, lane.count, 1):
+        if pause and not self.outbox.take(lane.target, lane.number, count, 1):
             return None                 # a webhook that is disabled now, and may come back
         return pause
 
