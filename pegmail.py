@@ -6403,9 +6403,9 @@ def is_loopback(peer: str) -> bool:
 COURIERS = 16                 # threads; half of them at most for targets that fail
 PAGE = 50                     # deliveries that a lane takes from the outbox in one go
 SPARE_SECONDS = 5.0           # that a lane with nothing to do keeps its connection
-REST_SECONDS = 0.05           # between two pages of a lane, unless more is due already
+REST_SECONDS = 0.05           # after a page that was not full: more may gather
 SLOW_SECONDS = 0.005          # a delivery; of a faster target several at once win nothing
-POLITENESS = 0.3              # of the time that a page took, a pause for reception
+POLITENESS = 0.2              # of the time that a page took, a pause for reception
 MAX_YIELD = 0.05              # seconds
 SETTLE_SECONDS = 0.5          # after which what became of them is written down
 HOUSE_SECONDS = 2.0           # how often the outbox is looked through
@@ -7705,6 +7705,7 @@ class Lane:
         self.busy = False
         self.again = False              # something came while it was busy
         self.spare = False              # there was nothing to do when it was last looked at
+        self.full = False               # there was as much as it takes in one go
         self.failures = 0               # in a row, of the target itself
         self.suspect = False            # it had failures when it was taken up
         self.loaded: Dict[int, Any] = {}        # the messages of the page that is being worked on
@@ -7839,9 +7840,10 @@ class Couriers:
             if not self.running[lane.target]:
                 del self.running[lane.target]
             lane.busy = False
-            lane.rest = time.monotonic() + REST_SECONDS
+            rest = 0.0 if lane.full else REST_SECONDS
+            lane.rest = time.monotonic() + rest
             if lane.again and not lane.failures:
-                pause = REST_SECONDS
+                pause = rest
             if pause is not None:
                 lane.when = time.monotonic() + pause
             else:
@@ -7877,6 +7879,7 @@ class Couriers:
         count = lane.count if lane.target in self.slow else 1      # then the first has them all
         entries = self.outbox.take(lane.target, lane.number, count, PAGE)
         now, begun = int(self.store.now() * 1000), time.monotonic()
+        lane.full = len(entries) == PAGE
         if not entries:                 # it and its connection stay a while, should more come
             lane.spare = not lane.spare
             return SPARE_SECONDS if lane.spare else None
